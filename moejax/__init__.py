@@ -1,0 +1,1 @@
+"""Sparse Mixture-of-Experts models in JAX and Flax."""
