@@ -33,4 +33,4 @@ fi
 if [ "$accelerator" != cpu ]; then
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "jax[$accelerator]==$("$venv/bin/python" -c 'import jax; print(jax.__version__)')"
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --config-settings editable_mode=compat --editable .
