@@ -1,0 +1,154 @@
+"""Which configs can't be meant: values out of range and fields that contradict one another.
+
+Each check raises one line that says what was given, what is needed and what to do.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+from moejax import schema
+from moejax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moejax.errors import UserError
+
+
+def check(config: Config) -> None:
+    """Raises UserError for the first thing in `config` that can't be meant."""
+    check_model(config.model)
+    if config.model.moe is not None:
+        check_moe(config.model.moe, config.mesh)
+    _check_data(config.data, config.train)
+    _check_optimizer(config.optimizer)
+    _check_train(config.train)
+    _check_mesh(config.mesh)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Sizes of the decoder: positive, and heads that divide."""
+    _at_least(1, "model", model, "num_layers", "width", "num_heads", "num_kv_heads", "ffn_width", "moe_every")
+    _at_least(1, "model", model, "head_dim", "vocab_size")
+    if model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"config.model.num_heads={model.num_heads} is no multiple of num_kv_heads={model.num_kv_heads}: "
+            "every key-value head serves the same number of query heads"
+        )
+    if model.head_dim is None and model.width % model.num_heads:
+        raise UserError(
+            f"config.model.width={model.width} is no multiple of num_heads={model.num_heads}; "
+            "change one of them or set model.head_dim"
+        )
+    head_dim = model.head_dim or model.width // model.num_heads
+    if head_dim % 2:
+        raise UserError(f"config.model: head_dim={head_dim} is odd; rotary positions turn pairs, so it must be even")
+    if not 0 <= model.first_dense_layers <= model.num_layers:
+        raise UserError(
+            f"config.model.first_dense_layers={model.first_dense_layers} must lie in 0 … num_layers={model.num_layers}"
+        )
+    _above_zero("model", model, "rope_theta", "norm_eps")
+
+
+def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
+    """Experts, capacity and the router with its options."""
+    _at_least(1, "model.moe", moe, "num_experts", "experts_per_token", "expert_width")
+    _at_least(
+        0, "model.moe", moe, "shared_experts", "load_balance_weight", "sequence_balance_weight", "router_z_weight",
+        "importance_weight", "load_weight", "bias_update_rate", "input_jitter",
+    )  # fmt: skip
+    if moe.experts_per_token > moe.num_experts:
+        raise UserError(
+            f"config.model.moe.experts_per_token={moe.experts_per_token} is more than num_experts={moe.num_experts}; "
+            "a token can choose each expert once"
+        )
+    _above_zero("model.moe", moe, "capacity_factor", "eval_capacity_factor")
+    if mesh is not None and mesh.expert > 1 and moe.num_experts % mesh.expert:
+        raise UserError(
+            f"config.model.moe.num_experts={moe.num_experts} can't be shared evenly by mesh.expert={mesh.expert} "
+            "devices; make one a multiple of the other"
+        )
+    from moejax import routing
+
+    _check_router(moe, routing.resolve(moe.router))
+
+
+def _check_router(moe: MoEConfig, router: Callable[..., Any]) -> None:
+    parameters = inspect.signature(router).parameters
+    takes_any = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
+    given_by_layer = ("experts_per_token", "tokens", "mask", "bias", "key", "noise_logits")
+    options = [name for name in list(parameters)[1:] if name not in given_by_layer]
+    for name in moe.router_options:
+        if name not in options and not takes_any:
+            raise schema.unknown_field(f"model.moe.router_options.{name}", options, Config)
+    for name in options:
+        needed = parameters[name].default is inspect.Parameter.empty
+        if needed and parameters[name].kind is not inspect.Parameter.VAR_KEYWORD and name not in moe.router_options:
+            raise UserError(f"router {moe.router} needs the option config.model.moe.router_options.{name}")
+    groups = moe.router_options.get("num_groups")
+    if isinstance(groups, int) and (groups < 1 or moe.num_experts % groups):
+        raise UserError(
+            f"config.model.moe.num_experts={moe.num_experts} is no multiple of router_options.num_groups={groups}"
+        )
+    if moe.load_weight and "noise_logits" not in parameters:
+        raise UserError(
+            f"config.model.moe.load_weight={moe.load_weight}: the load loss needs a noisy router "
+            f"(moejax.routing:noisy_top_k), not {moe.router}"
+        )
+    if moe.bias_update_rate and "bias" not in parameters and not takes_any:
+        raise UserError(
+            f"config.model.moe.bias_update_rate={moe.bias_update_rate} needs a router with a selection bias "
+            f"(moejax.routing:sigmoid_top_k), not {moe.router}"
+        )
+
+
+def _check_data(data: DataConfig, train: TrainConfig) -> None:
+    _at_least(1, "data", data, "sequence_length", "batch_size")
+    if not 0 < data.eval_fraction < 1:
+        raise UserError(f"config.data.eval_fraction={data.eval_fraction} must lie between 0 and 1")
+    if train.accumulation_steps >= 1 and data.batch_size % train.accumulation_steps:
+        raise UserError(
+            f"config.data.batch_size={data.batch_size} is no multiple of "
+            f"train.accumulation_steps={train.accumulation_steps}"
+        )
+
+
+def _check_optimizer(optimizer: OptimizerConfig) -> None:
+    _above_zero("optimizer", optimizer, "learning_rate", "eps", "clip_norm")
+    _at_least(0, "optimizer", optimizer, "warmup_steps", "weight_decay")
+    _at_least(1, "optimizer", optimizer, "decay_steps")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise UserError(f"config.optimizer.betas={optimizer.betas} must both lie in [0, 1)")
+    if optimizer.decay_steps is not None and optimizer.warmup_steps > optimizer.decay_steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps={optimizer.warmup_steps} is more than decay_steps={optimizer.decay_steps}, "
+            "the horizon that includes it"
+        )
+
+
+def _check_train(train: TrainConfig) -> None:
+    _at_least(1, "train", train, "steps", "log_every", "eval_batches", "keep_checkpoints", "accumulation_steps")
+    _at_least(0, "train", train, "eval_every", "checkpoint_every")
+    if train.profile_steps and (len(train.profile_steps) != 2 or train.profile_steps[0] > train.profile_steps[1]):
+        raise UserError(f"config.train.profile_steps={train.profile_steps} must be (first, last), or () for none")
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    sizes = {name: getattr(mesh, name) for name in ("data", "fsdp", "expert", "tensor")}
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise UserError(f"config.mesh.{name}={size} must be at least 1, or -1 for what the other axes leave")
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"config.mesh: only one axis may be -1, given {sizes}")
+
+
+def _at_least(lowest: int, path: str, group: object, *names: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not value >= lowest:
+            raise UserError(f"config.{path}.{name}={value} must be at least {lowest}")
+
+
+def _above_zero(path: str, group: object, *names: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"config.{path}.{name}={value} must be finite and more than 0")
