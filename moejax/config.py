@@ -20,7 +20,8 @@ class MoEConfig:
     """The sparse FFN of a block."""
 
     router: str = "moejax.routing:top_k"  # dotted name of a router function; a file of yours works: "my.py:route"
-    router_options: dict[str, Any] = dataclasses.field(default_factory=dict)  # passed to the router by keyword
+    # hash=False: a dict has none, and jit wants modules that hold this config as static arguments
+    router_options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # passed to the router by keyword
     num_experts: int = 16  # E, the routed ones
     experts_per_token: int = 1  # K
     shared_experts: int = 0  # experts of expert_width that every token uses
@@ -57,6 +58,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    init_scale: float = 1.0  # multiplies the standard deviation 1 / √fan_in of every matrix
     dtype: Literal["bfloat16", "float32"] = "float32"  # of the compute; parameters and the router are float32
     attention_implementation: str | None = None  # of attention.attend; None: the fastest that runs here
     scan_layers: bool = True  # False: layers are unrolled (same values, longer compile)
