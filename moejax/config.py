@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ml_collections import config_dict
 
 from moejax import schema
+from moejax.data import DataConfig
 from moejax.errors import UserError
 
 
@@ -20,8 +21,8 @@ class MoEConfig:
     """The sparse FFN of a block."""
 
     router: str = "moejax.routing:top_k"  # dotted name of a router function; a file of yours works: "my.py:route"
-    # hash=False: a dict has none, and jit wants modules that hold this config as static arguments
-    router_options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # passed to the router by keyword
+    # Passed to the router by keyword. hash=False: jit wants hashable static arguments, and a dict has no hash.
+    router_options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     num_experts: int = 16  # E, the routed ones
     experts_per_token: int = 1  # K
     shared_experts: int = 0  # experts of expert_width that every token uses
@@ -63,18 +64,6 @@ class ModelConfig:
     attention_implementation: str | None = None  # of attention.attend; None: the fastest that runs here
     scan_layers: bool = True  # False: layers are unrolled (same values, longer compile)
     remat: Literal["none", "full", "dots"] = "none"  # dots: keep matmul outputs, recompute the rest
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where the text comes from and how a batch is cut from it."""
-
-    source: str = "python-stdlib"
-    tokenizer: str = "bytes"
-    sequence_length: int = 256  # L
-    batch_size: int = 16  # B, sequences per step over all devices and microbatches
-    eval_fraction: float = 0.05  # of the documents, held out by hash
-    cache_dir: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from moejax import schema
-from moejax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moejax import dotted, schema
+from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moejax.data import DataConfig
 from moejax.errors import UserError
 
 
@@ -66,9 +67,7 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
             f"config.model.moe.num_experts={moe.num_experts} can't be shared evenly by mesh.expert={mesh.expert} "
             "devices; make one a multiple of the other"
         )
-    from moejax import routing
-
-    _check_router(moe, routing.resolve(moe.router))
+    _check_router(moe, dotted.resolve(moe.router))
 
 
 def _check_router(moe: MoEConfig, router: Callable[..., Any]) -> None:
@@ -102,8 +101,8 @@ def _check_router(moe: MoEConfig, router: Callable[..., Any]) -> None:
 
 def _check_data(data: DataConfig, train: TrainConfig) -> None:
     _at_least(1, "data", data, "sequence_length", "batch_size")
-    if not 0 < data.eval_fraction < 1:
-        raise UserError(f"config.data.eval_fraction={data.eval_fraction} must lie between 0 and 1")
+    if not 0 <= data.eval_fraction < 1:
+        raise UserError(f"config.data.eval_fraction={data.eval_fraction} must be at least 0 and less than 1")
     if train.accumulation_steps >= 1 and data.batch_size % train.accumulation_steps:
         raise UserError(
             f"config.data.batch_size={data.batch_size} is no multiple of "
