@@ -253,8 +253,8 @@ def _encode_in_parallel(
 ) -> Iterator[tuple[_Encoded, int]]:
     """(tokens, digest, bytes, extra bytes) of each document, chunk by chunk, in order.
 
-    Threads suffice: tokenizers (which also splits a batch over threads of its own), hashing and numpy release the
-    GIL. Two chunks a thread are in flight, so memory stays bounded.
+    A few threads suffice: `tokenizers`, hashing and numpy release the GIL, and `tokenizers` splits a chunk over all
+    cores by itself. It needs some 50 bytes of memory for each byte of a chunk, and chunks in flight are bounded.
     """
 
     def encode(documents: list[bytes]) -> _Encoded:
@@ -264,13 +264,13 @@ def _encode_in_parallel(
             encoded.append((tokens, digest(document), len(document), extra_bytes))
         return encoded
 
-    workers = os.cpu_count() or 1
+    workers = min(4, os.cpu_count() or 1)
     pending: collections.deque[tuple[concurrent.futures.Future[_Encoded], int]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
             for documents, share in chunks:
                 pending.append((pool.submit(encode, documents), share))
-                if len(pending) > 2 * workers:
+                if len(pending) >= 2 * workers:
                     future, share = pending.popleft()
                     yield future.result(), share
             while pending:

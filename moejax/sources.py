@@ -25,7 +25,7 @@ KINDS = ("python-stdlib", "text", "jsonl", "parquet", "array_record")
 FORMS = "python-stdlib, text:GLOB, jsonl:GLOB[#FIELD], parquet:GLOB[#FIELD], array_record:GLOB"
 # Not the library itself: installed packages, and tests (as large as the rest, and odd: files of syntax errors).
 _STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
-_CHUNK_BYTES = 4 << 20  # Documents are handed on in chunks of about this size: one unit of parallel work.
+_CHUNK_BYTES = 2 << 20  # Documents are handed on in chunks of about this size: one unit of parallel work.
 
 
 @dataclasses.dataclass(frozen=True)
