@@ -1,0 +1,155 @@
+"""Plain XLA, exact and dropless, for any backend: what each group has of rows, in batched products.
+
+Two parts. The *base*: the first `base` rows of every group as (E, base, K), one batched product with the weights where
+they lie. What a group has beyond that, its *overflow*, goes in windows of 64 rows, eight windows (and copies of their
+groups' weights) to a batched product, in a loop whose length follows the group sizes. Balanced groups never enter the
+loop; one group with all the rows spends it all there. The base costs `1.25 · M` rows of work whatever the sizes.
+
+`experts.gated_ffn` builds the whole expert block from `Layout`'s methods, so that rows are padded once for all products.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.grouped_matmul.metadata import GroupMetadata
+from pallas_kernels.vary import vary_alike
+
+_WINDOW = 64  # rows of a window: below it a product is mostly the reading of weights, above it mostly padding
+_WINDOWS = 8  # windows in one batched product: enough for two cores, small enough for their caches
+
+
+def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs: bool, out_dtype) -> jax.Array:
+    """(M, K) × (E, K, N) -> (M, N); with transpose_rhs, rhs is (E, N, K)."""
+    layout = Layout.of(lhs.shape[0], metadata)
+    N = rhs.shape[1] if transpose_rhs else rhs.shape[2]
+    if layout.base:
+        out = layout.unpad(dot(layout.pad(lhs), rhs, out_dtype, transpose_rhs))
+    else:
+        out = vary_alike(jnp.zeros((lhs.shape[0], N), out_dtype), lhs)[0]
+
+    def step(out, windows):
+        product = dot(windows.take(lhs), windows.of_group(rhs), out_dtype, transpose_rhs)
+        return windows.put(out, product)
+
+    return layout.overflow(step, out)
+
+
+def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype) -> jax.Array:
+    """(M, K), (M, N) -> (E, K, N): for each group, lhsᵀ · grad over its rows, summed in float32."""
+    layout = Layout.of(lhs.shape[0], metadata)
+    if layout.base:
+        out = dot_rows(layout.pad(lhs), layout.pad(grad))
+    else:
+        out = vary_alike(jnp.zeros((*group_sizes.shape, lhs.shape[1], grad.shape[1]), jnp.float32), lhs)[0]
+
+    def step(out, windows):
+        return windows.add_to_group(out, dot_rows(windows.take(lhs), windows.take(grad)))
+
+    return layout.overflow(step, out).astype(out_dtype)
+
+
+def dot(rows, weights, out_dtype, transpose: bool = False) -> jax.Array:
+    """(…, R, K) × (…, K, N) -> (…, R, N), the leading axis a batch; with transpose, weights are (…, N, K)."""
+    dimensions = (((2,), (2 if transpose else 1,)), ((0,), (0,)))
+    return lax.dot_general(rows, weights, dimensions, preferred_element_type=jnp.float32).astype(out_dtype)
+
+
+def dot_rows(left, right) -> jax.Array:
+    """(…, R, K) × (…, R, N) -> (…, K, N) f32: sums over the rows."""
+    return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Eight windows of W rows. first (8,) i32: first row; group (8,) i32; member (8, W) bool: rows that count."""
+
+    first: jax.Array
+    group: jax.Array
+    member: jax.Array
+
+    def take(self, rows: jax.Array) -> jax.Array:
+        """(M, D) -> (8, W, D), zeros in the rows that don't count."""
+        W = self.member.shape[1]
+        slices = jnp.stack([lax.dynamic_slice_in_dim(rows, first, W) for first in self.first])
+        return jnp.where(self.member[:, :, None], slices, 0)
+
+    def put(self, rows: jax.Array, values: jax.Array) -> jax.Array:
+        """rows (M, D) with values (8, W, D) in the rows that count."""
+        W = self.member.shape[1]
+        for first, member, value in zip(self.first, self.member, values, strict=True):
+            old = lax.dynamic_slice_in_dim(rows, first, W)
+            rows = lax.dynamic_update_slice_in_dim(rows, jnp.where(member[:, None], value, old), first, 0)
+        return rows
+
+    def of_group(self, weights: jax.Array) -> jax.Array:
+        """(E, …) -> (8, …): each window's group."""
+        return jnp.stack([lax.dynamic_index_in_dim(weights, group, keepdims=False) for group in self.group])
+
+    def add_to_group(self, sums: jax.Array, values: jax.Array) -> jax.Array:
+        """sums (E, …) with values (8, …) added to each window's group; one after another, since groups repeat."""
+        for group, value in zip(self.group, values, strict=True):
+            old = lax.dynamic_index_in_dim(sums, group)
+            sums = lax.dynamic_update_slice_in_dim(sums, old + value[None], group, 0)
+        return sums
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How M rows of E groups are split into base and overflow. base, window: rows, static."""
+
+    rows: int
+    base: int
+    window: int
+    metadata: GroupMetadata
+
+    @classmethod
+    def of(cls, M: int, metadata: GroupMetadata) -> "Layout":
+        (E,) = metadata.ends.shape
+        # With fewer rows than groups most groups are empty: read only the weights of those that are not.
+        base = 0 if M < E else min(M, -(-5 * M // (4 * E * 8)) * 8)
+        return cls(M, base, min(_WINDOW, M), metadata)
+
+    def pad(self, rows: jax.Array) -> jax.Array:
+        """(M, D) -> (E, base, D): the first rows of each group, then zeros."""
+        place = jnp.arange(self.base, dtype=jnp.int32)[None, :]
+        source = self.metadata.starts[:, None] + place
+        return jnp.where((source < self.metadata.ends[:, None])[:, :, None], _take(rows, source), 0)
+
+    def unpad(self, padded: jax.Array) -> jax.Array:
+        """(E, base, N) -> (M, N): zeros where a row is not in the base."""
+        row = jnp.arange(self.rows, dtype=jnp.int32)
+        group = jnp.searchsorted(self.metadata.ends, row, side="right").astype(jnp.int32)
+        place = row - self.metadata.starts.at[group].get(mode="clip")
+        source = group * self.base + place
+        there = (place < self.base) & (row < self.metadata.ends[-1])
+        return jnp.where(there[:, None], _take(padded.reshape(-1, padded.shape[-1]), source), 0)
+
+    def overflow[Carry](self, step: Callable[[Carry, Windows], Carry], carry: Carry) -> Carry:
+        """Folds step over all windows of the rows beyond the base."""
+        if self.base >= self.rows:
+            return carry
+        beyond = jnp.maximum(self.metadata.ends - self.metadata.starts - self.base, 0)
+        ends = jnp.cumsum(-(-beyond // self.window), dtype=jnp.int32)
+        starts = ends - -(-beyond // self.window)
+
+        def body(i, carry):
+            number = i * _WINDOWS + jnp.arange(_WINDOWS, dtype=jnp.int32)
+            group = jnp.sum(number[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
+            last = jnp.minimum(group, ends.shape[0] - 1)
+            begin = self.metadata.starts[last] + self.base + (number - starts[last]) * self.window
+            # the last window may not stick out of the array: it starts earlier, and rows before `begin` don't count
+            first = jnp.clip(begin, 0, self.rows - self.window)
+            row = first[:, None] + jnp.arange(self.window, dtype=jnp.int32)[None, :]
+            member = (row >= begin[:, None]) & (row < self.metadata.ends[last][:, None])
+            member &= (number < ends[-1])[:, None]
+            return step(carry, Windows(first, last, member))
+
+        return lax.fori_loop(0, -(-ends[-1] // _WINDOWS), body, carry)
+
+
+def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
+    return rows.at[index].get(mode="clip")
