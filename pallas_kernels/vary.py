@@ -5,14 +5,13 @@ from jax import lax
 
 
 def vary_alike(*trees):
-    """Casts every array to vary over the union of the mesh axes that any of them varies over; outside shard_map, nothing.
+    """Casts every array to vary over the mesh axes that any of them varies over; outside shard_map, nothing.
 
     The cast's own transpose is the psum that the cotangent of a replicated operand needs, so a custom_vjp whose inputs
     went through here needn't know of meshes.
     """
     axes = frozenset().union(*(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(trees)))
-    cast = jax.tree.map(lambda leaf: _vary(leaf, axes), trees)
-    return cast if len(trees) > 1 else cast[0]
+    return jax.tree.map(lambda leaf: _vary(leaf, axes), trees)
 
 
 def _vary(array, axes):

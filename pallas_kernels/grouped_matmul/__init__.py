@@ -80,7 +80,7 @@ _product.defvjp(_forward, _backward)
 
 
 def pick(lhs, rhs, transpose_rhs: bool = False) -> str:
-    """The implementation that `implementation=None` takes for these operands (or shapes and dtypes) on this platform."""
+    """The implementation that `implementation=None` takes for these operands (or their shapes) on this platform."""
     platform = jax.sharding.get_abstract_mesh().abstract_device
     return _pick(
         platform.platform if platform else jax.default_backend(),

@@ -5,7 +5,7 @@ they lie. What a group has beyond that, its *overflow*, goes in windows of 64 ro
 groups' weights) to a batched product, in a loop whose length follows the group sizes. Balanced groups never enter the
 loop; one group with all the rows spends it all there. The base costs `1.25 · M` rows of work whatever the sizes.
 
-`experts.gated_ffn` builds the whole expert block from `Layout`'s methods, so that rows are padded once for all products.
+An expert block built from `Layout`'s methods (`moejax.experts.gated_ffn`) pads its rows once for all its products.
 """
 
 import dataclasses

@@ -1,0 +1,120 @@
+"""Gated feed-forward experts over rows sorted by expert.
+
+Letters: R expert rows, D model width, E experts, F expert hidden width.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from moejax.errors import UserError
+from pallas_kernels.grouped_matmul import GroupMetadata, group_metadata, grouped_matmul, pick
+from pallas_kernels.grouped_matmul.blocks import Layout, Windows, dot, dot_rows
+from pallas_kernels.vary import vary_alike
+
+Array = jax.Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,  # the tanh form
+    "relu": jax.nn.relu,
+}
+
+
+def gated_ffn(
+    rows: Array,
+    gate: Array,
+    up: Array,
+    down: Array,
+    group_sizes: Array,
+    *,
+    activation: str = "silu",
+    metadata: GroupMetadata | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """(activation(rows · gate) ∘ (rows · up)) · down, each row with its expert's weights (Shazeer 2020, equation 6).
+
+    rows (R, D) sorted by expert; gate, up (E, D, F) and down (E, F, D) of rows' dtype; group_sizes (E,) i32. Returns
+    (R, D), zeros past the sum of group_sizes; those rows are never read. Products are summed in float32 and rounded to
+    rows' dtype. metadata: `group_metadata(group_sizes, R)`, shared by the six products of forward and backward.
+    implementation: of `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products.
+    """
+    if activation not in ACTIVATIONS:
+        raise UserError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    with jax.named_scope("experts"):
+        metadata = metadata or group_metadata(group_sizes, rows.shape[0])
+        if rows.shape[0] and (implementation or pick(rows, gate)) == "blocks":
+            return _blocks(activation, *vary_alike(rows, gate, up, down, metadata))
+        product = functools.partial(
+            grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation
+        )
+        hidden = _gated(activation, product(rows, gate), product(rows, up))
+        return product(hidden, down)
+
+
+def _gated(activation: str, gate: Array, up: Array) -> Array:
+    return ACTIVATIONS[activation](gate) * up
+
+
+# ---- The whole block in the layout of grouped_matmul.blocks: padded once, no gather between products.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(activation, rows, gate, up, down, metadata):
+    return _blocks_forward(activation, rows, gate, up, down, metadata)[0]
+
+
+def _blocks_forward(activation, rows, gate, up, down, metadata):
+    layout, dtype = Layout.of(rows.shape[0], metadata), rows.dtype
+
+    def block(rows, gate, up, down):
+        a, b = dot(rows, gate, dtype), dot(rows, up, dtype)
+        return dot(_gated(activation, a, b), down, dtype), a, b
+
+    a = b = None
+    out = jnp.zeros_like(rows)
+    if layout.base:
+        padded, a, b = block(layout.pad(rows), gate, up, down)
+        out = layout.unpad(padded)
+
+    def step(out: Array, windows: Windows) -> Array:
+        weights = (windows.of_group(w) for w in (gate, up, down))
+        return windows.put(out, block(windows.take(rows), *weights)[0])
+
+    return layout.overflow(step, out), (rows, gate, up, down, metadata, a, b)
+
+
+def _blocks_backward(activation, residuals, grad):
+    rows, gate, up, down, metadata, a, b = residuals
+    layout, dtype = Layout.of(rows.shape[0], metadata), rows.dtype
+
+    def block(x, a, b, grad, gate, up, down):
+        """The gradient of rows and, in float32, of the three weights."""
+        hidden, pull = jax.vjp(functools.partial(_gated, activation), a, b)
+        da, db = pull(dot(grad, down, dtype, transpose=True))
+        dx = dot(da, gate, jnp.float32, transpose=True) + dot(db, up, jnp.float32, transpose=True)
+        return dx.astype(dtype), (dot_rows(x, da), dot_rows(x, db), dot_rows(hidden, grad))
+
+    dx = jnp.zeros_like(rows)
+    dweights = tuple(jnp.zeros_like(w, dtype=jnp.float32) for w in (gate, up, down))
+    if layout.base:
+        padded, dweights = block(layout.pad(rows), a, b, layout.pad(grad), gate, up, down)
+        dx = layout.unpad(padded)
+
+    def step(carry: tuple, windows: Windows) -> tuple:
+        dx, dweights = carry
+        weights = [windows.of_group(w) for w in (gate, up, down)]
+        x = windows.take(rows)
+        # the overflow's a and b are computed again: kept, they would take room for all rows that might overflow
+        a, b = dot(x, weights[0], dtype), dot(x, weights[1], dtype)
+        dwindow, terms = block(x, a, b, windows.take(grad), *weights)
+        sums = tuple(windows.add_to_group(total, term) for total, term in zip(dweights, terms, strict=True))
+        return windows.put(dx, dwindow), sums
+
+    dx, dweights = layout.overflow(step, (dx, dweights))
+    return dx, *(d.astype(w.dtype) for d, w in zip(dweights, (gate, up, down), strict=True)), None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
