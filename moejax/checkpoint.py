@@ -1,0 +1,273 @@
+"""Asynchronous checkpoints (orbax): atomic, checked before they are trusted, readable on another mesh.
+
+    DIRECTORY/checkpoints/300/checkpoint.json    step, data position, the run's config, the size of every file below
+                              params/ router_state/ opt_state/    one orbax tree each, so parameters restore alone
+
+A checkpoint is written beside its place and renamed into it when the last byte of `checkpoint.json` stands, so a
+folder named by a number was whole once; `restore` compares the sizes of its files before it reads, and goes back to
+the newest one that is still whole. A save that fails (a full disk) costs that save and a warning line, nothing older.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from moejax.errors import UserError
+
+PyTree = Any
+MANIFEST = "checkpoint.json"
+_log = logging.getLogger(__name__)
+# orbax logs its life's story, tracebacks included, through absl; what matters is raised, and told here in one line.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+_ORBAX_OWN = ("_CHECKPOINT_METADATA", "commit_success.txt")  # rewritten after the manifest, never needed
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What `restore` found: trees by name, as the targets asked; `data` and `config` are what was given to `save`."""
+
+    path: Path
+    step: int
+    trees: dict[str, PyTree]
+    data: dict[str, Any]
+    config: dict[str, Any]
+
+
+class Checkpointer:
+    """Writes a run's checkpoints in the background and keeps the newest `keep`. Close it, or use it as a context.
+
+    directory: the run's workdir; checkpoints go to directory/checkpoints. What a killed run left half-written there is
+    removed. Every process of a run makes one and calls every method.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+        if keep < 1:
+            raise UserError(f"keep={keep}: keep at least one checkpoint")
+        self.root = Path(directory).absolute() / "checkpoints"
+        self.keep = keep
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        options = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        if jax.process_index() == 0:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for entry in self.root.iterdir():
+                if ".orbax-checkpoint-tmp" in entry.name or entry.name.endswith(".old"):
+                    shutil.rmtree(entry, ignore_errors=True)
+
+    def save(
+        self, step: int, trees: Mapping[str, PyTree], *, data: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
+        """Begins to write the trees of `step`; returns once they are copied to the host, so buffers may be donated.
+
+        trees: pytrees of arrays by name (params, router_state, opt_state); empty ones are left out. data, config: JSON.
+        A save before this one that failed, or this one failing at once, is one warning line and not an error. A step
+        that is there and whole is not written again.
+        """
+        self.wait()
+        if _inspect(self.root / str(step))[0] is not None:
+            return
+        manifest = {"step": step, "data": dict(data), "config": dict(config)}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
+        self._pending = (step, manifest)
+        try:
+            if jax.process_index() == 0:
+                self._make_room(step)
+            self._writer.save(self.root / str(step), args=ocp.args.Composite(**items))
+        except Exception as error:
+            self._give_up(error)
+
+    def wait(self) -> bool:
+        """Waits for the save under way; False if it failed (a warning line says so)."""
+        if self._pending is None:
+            return True
+        try:
+            self._writer.wait_until_finished()
+        except Exception as error:
+            self._give_up(error)
+            return False
+        self._pending = None
+        if jax.process_index() == 0:
+            for old in _steps(self.root)[: -self.keep]:
+                _remove(self.root / str(old))
+        return True
+
+    def close(self) -> bool:
+        """Waits for the save under way and lets go of orbax's threads; False if that save failed."""
+        done = self.wait()
+        self._writer.close()
+        return done
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _make_room(self, step: int) -> None:
+        """A run that went back to an older checkpoint meets the damaged ones it went past: they are put aside."""
+        for later in [found for found in _steps(self.root) if found >= step]:
+            aside = self.root / f"{later}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.root / str(later)).rename(aside)
+
+    def _write_manifest(self) -> None:
+        """orbax calls this on its thread of process 0 when all is written, just before it renames the folder."""
+        assert self._pending is not None
+        step, manifest = self._pending
+        (folder,) = self.root.glob(f"{step}.orbax-checkpoint-tmp*")
+        text = json.dumps({**manifest, "files": _sizes(folder)}, indent=1)
+        with open(folder / MANIFEST, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _give_up(self, error: Exception) -> None:
+        step, self._pending = self._pending[0] if self._pending else -1, None
+        if jax.process_index() == 0:
+            for half in self.root.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
+        whole = _steps(self.root)
+        newest = f"the newest is step {whole[-1]}" if whole else "there is none yet"
+        _log.warning("checkpoint of step %d was not written (%s); %s in %s", step, _reason(error), newest, self.root)
+
+
+def restore(directory: str | os.PathLike[str], targets: Mapping[str, PyTree] | None = None) -> Restored | None:
+    """The newest whole checkpoint of a run, or None where there is none at all.
+
+    directory: a workdir, its `checkpoints` folder, one checkpoint's folder, or a copy of any of them.
+    targets: for each tree that is wanted a pytree of jax.ShapeDtypeStruct (with shardings: onto whatever mesh they
+      name, not only the one it was saved from). A target with no leaves comes back as it is. None: params and
+      router_state as numpy arrays.
+
+    Raises:
+      UserError: there are checkpoints and none is whole, or the newest whole one is of another model.
+    """
+    damaged: list[str] = []
+    for path in reversed(_candidates(Path(directory))):
+        manifest, fault = _inspect(path)
+        if manifest is not None:
+            _check_shapes(path, targets or {})
+            try:
+                trees = _read(path, targets)
+            except Exception as error:
+                fault = _reason(error)
+            else:
+                if damaged:
+                    _log.warning("%s; went back to step %d", "; ".join(damaged), manifest["step"])
+                return Restored(path, manifest["step"], trees, manifest["data"], manifest["config"])
+        damaged.append(f"checkpoint {path} is damaged ({fault})")
+    if damaged:
+        raise UserError(f"no whole checkpoint in {directory}: {'; '.join(damaged)}")
+    return None
+
+
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config stored in the newest whole checkpoint below `directory` (see `restore` for what that may be).
+
+    Raises:
+      UserError: there is no whole checkpoint.
+    """
+    faults = []
+    for path in reversed(_candidates(Path(directory))):
+        manifest, fault = _inspect(path)
+        if manifest is not None:
+            return manifest["config"]
+        faults.append(f"{path.name}: {fault}")
+    raise UserError(f"no whole checkpoint in {directory}{': ' if faults else ''}{'; '.join(faults)}; train first")
+
+
+def _read(path: Path, targets: Mapping[str, PyTree] | None) -> dict[str, PyTree]:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        if targets is None:
+            present = [name for name in ("params", "router_state") if (path / name).is_dir()]
+            return {name: _read_numpy(path / name) for name in present}
+        wanted = {name: tree for name, tree in targets.items() if jax.tree.leaves(tree)}
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        found = reader.restore(path, args=ocp.args.Composite(**items)) if items else {}
+        return {name: found[name] if name in wanted else tree for name, tree in targets.items()}
+
+
+def _read_numpy(path: Path) -> PyTree:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def _check_shapes(path: Path, targets: Mapping[str, PyTree]) -> None:
+    """Another model's checkpoint is no damage: say which parameter differs."""
+    if not jax.tree.leaves(targets.get("params")) or not (path / "params" / "_METADATA").is_file():
+        return
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        stored = _shapes(reader.metadata(path / "params").item_metadata.tree)
+    wanted = _shapes(targets["params"])
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            raise UserError(
+                f"checkpoint {path} is of another model: parameter {name} is {stored.get(name, 'missing')} there, "
+                f"{wanted.get(name, 'missing')} in this config"
+            )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _candidates(directory: Path) -> list[Path]:
+    """Folders that claim to be checkpoints, oldest first."""
+    if (directory / MANIFEST).is_file():
+        return [directory.absolute()]
+    root = directory / "checkpoints" if (directory / "checkpoints").is_dir() else directory
+    return [root.absolute() / str(step) for step in _steps(root)]
+
+
+def _inspect(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The manifest if every file has the size it was written with; else None and what is wrong."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        now = _sizes(path)
+        for name, size in manifest["files"].items():
+            if now.get(name) != size:
+                return None, f"{name} is missing" if name not in now else f"{name} has {now[name]} of {size} bytes"
+    except FileNotFoundError:
+        return None, f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None, f"{MANIFEST} can't be read"
+    return manifest, ""
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    skipped = (*_ORBAX_OWN, MANIFEST)
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files if file.name not in skipped}
+
+
+def _steps(root: Path) -> list[int]:
+    if not root.is_dir():
+        return []
+    return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
+def _remove(path: Path) -> None:
+    """Renamed first, so that a kill while it is being deleted leaves nothing that looks like a checkpoint."""
+    gone = path.with_name(path.name + ".old")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    """The telling part of an error in one line: tensorstore appends its whole state."""
+    text = str(error)
+    if "No space left" in text:
+        return "no space left on the disk"
+    return (text.strip().splitlines() or [type(error).__name__])[0][:160]

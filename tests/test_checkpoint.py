@@ -1,0 +1,245 @@
+"""Checkpoints: round trips, other meshes, damage, full disks and kills."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moejax import checkpoint
+from moejax.errors import UserError
+
+CONFIG, DATA = {"model": {"width": 8}}, {"position": 3}
+
+
+def state(value: float) -> dict:
+    params = {"layers": {"up": jnp.full((4, 64, 32), value)}, "scale": jnp.arange(8.0) + value}
+    return {
+        "params": params,
+        "router_state": {"layers": {"bias": jnp.full((4, 16), -value)}},
+        "opt_state": optax.adamw(1e-3).init(params),
+    }
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def assert_equal(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def write(directory, *steps: int, keep: int = 3) -> None:
+    with checkpoint.Checkpointer(directory, keep) as saver:
+        for step in steps:
+            saver.save(step, state(step), data=DATA, config=CONFIG)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """One run's checkpoints at steps 1 to 4, of which three are kept; tests copy it."""
+    directory = tmp_path_factory.mktemp("run")
+    write(directory, 1, 2, 3, 4)
+    return directory
+
+
+def test_round_trip_keeps_the_newest_and_every_kind_of_state(written):
+    assert sorted(entry.name for entry in (written / "checkpoints").iterdir()) == ["2", "3", "4"]
+    found = checkpoint.restore(written, abstract(state(0)))
+    assert (found.step, found.data, found.config) == (4, DATA, CONFIG)
+    assert_equal(found.trees, state(4))
+    assert checkpoint.read_config(written) == CONFIG
+
+
+def test_parameters_alone_from_a_copy_of_one_checkpoint(written, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(written / "checkpoints" / "3", copy)
+    shutil.rmtree(copy / "opt_state")
+    with pytest.raises(UserError, match=r"opt_state/.* is missing"):  # what the manifest lists must be there …
+        checkpoint.restore(copy, {"params": abstract(state(0)["params"])})
+    shutil.copytree(written / "checkpoints" / "3" / "opt_state", copy / "opt_state")
+    for directory in (copy, written / "checkpoints" / "3", written / "checkpoints"):
+        found = checkpoint.restore(directory, {"params": abstract(state(0)["params"])})
+        assert list(found.trees) == ["params"]
+        assert_equal(found.trees["params"], state(found.step)["params"])
+
+
+def test_without_targets_arrays_come_back_as_numpy(written):
+    found = checkpoint.restore(written)
+    assert sorted(found.trees) == ["params", "router_state"]
+    assert isinstance(found.trees["params"]["scale"], np.ndarray)
+    assert_equal(found.trees["params"], state(4)["params"])
+
+
+def test_restores_onto_other_meshes(tmp_path):
+    def mesh(*shape):
+        return jax.make_mesh(shape, ("data", "expert"), (AxisType.Auto,) * 2, devices=jax.devices()[: np.prod(shape)])
+
+    up = np.arange(8 * 4 * 2, dtype=np.float32).reshape(8, 4, 2)
+    saved = jax.device_put(up, NamedSharding(mesh(2, 4), PartitionSpec("expert", "data")))
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        saver.save(1, {"params": {"up": saved}}, data=DATA, config=CONFIG)
+    for shape, spec in (((4, 2), ("data", "expert")), ((1, 1), ()), ((1, 8), (("data", "expert"),))):
+        sharding = NamedSharding(mesh(*shape), PartitionSpec(*spec))
+        target = {"params": {"up": jax.ShapeDtypeStruct(up.shape, up.dtype, sharding=sharding)}}
+        found = checkpoint.restore(tmp_path, target).trees["params"]["up"]
+        assert found.sharding.is_equivalent_to(sharding, 3)
+        np.testing.assert_array_equal(found, up)
+
+
+def test_buffers_may_be_donated_once_save_returns(tmp_path):
+    overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
+    value = jnp.arange(1 << 20, dtype=jnp.float32)
+    wanted = np.array(value)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        saver.save(1, {"params": {"x": value}}, data=DATA, config=CONFIG)
+        overwrite(value).block_until_ready()
+    np.testing.assert_array_equal(checkpoint.restore(tmp_path).trees["params"]["x"], wanted)
+
+
+def test_empty_trees_and_no_checkpoint(tmp_path):
+    assert checkpoint.restore(tmp_path) is None
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint.read_config(tmp_path)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        saver.save(7, {"params": {"x": jnp.ones(2)}, "router_state": {}}, data=DATA, config=CONFIG)
+    found = checkpoint.restore(tmp_path, {"params": {"x": jax.ShapeDtypeStruct((2,), jnp.float32)}, "router_state": {}})
+    assert found.trees["router_state"] == {}
+
+
+def data_files(path):
+    return sorted((p for p in path.rglob("*") if p.is_file() and p.parent.name == "d"), key=lambda p: -p.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "deleted", "manifest deleted", "manifest truncated"])
+def test_damage_goes_back_to_the_newest_whole_one_in_one_line(written, tmp_path, damage, caplog):
+    shutil.copytree(written, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "4"
+    victim = newest / checkpoint.MANIFEST if damage.startswith("manifest") else data_files(newest)[0]
+    if damage.endswith("deleted"):
+        victim.unlink()
+    else:
+        os.truncate(victim, victim.stat().st_size - 1)
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.restore(tmp_path / "run", abstract(state(0)))
+    assert found.step == 3
+    assert_equal(found.trees, state(3))
+    (record,) = caplog.records
+    assert "checkpoints/4 is damaged" in record.message and record.message.endswith("went back to step 3")
+    assert "\n" not in record.message
+    assert checkpoint.read_config(tmp_path / "run") == CONFIG
+
+
+def test_a_run_that_went_back_puts_the_damaged_one_aside_and_counts_whole_ones_alone(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    data_files(tmp_path / "run" / "checkpoints" / "4")[0].unlink()
+    write(tmp_path / "run", 4, keep=1)
+    assert sorted(e.name for e in (tmp_path / "run" / "checkpoints").iterdir()) == ["4", "4.damaged"]
+    assert_equal(checkpoint.restore(tmp_path / "run", abstract(state(0))).trees, state(4))
+
+
+def test_all_damaged_is_one_clear_line(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    for step in (2, 3, 4):
+        data_files(tmp_path / "run" / "checkpoints" / str(step))[0].unlink()
+    with pytest.raises(UserError, match="no whole checkpoint in") as error:
+        checkpoint.restore(tmp_path / "run", abstract(state(0)))
+    assert "\n" not in str(error.value)
+
+
+def test_another_models_checkpoint_names_the_parameter(written):
+    target = {"params": {"layers": {"up": jax.ShapeDtypeStruct((4, 64, 33), jnp.float32)}, "scale": np.ones(8)}}
+    with pytest.raises(UserError, match=r"layers/up is \(4, 64, 32\) there, \(4, 64, 33\) in this config"):
+        checkpoint.restore(written, target)
+
+
+def test_a_failed_save_is_one_line_and_costs_nothing_older(tmp_path, caplog, monkeypatch):
+    """The disk fills up as the manifest is written: the last moment before the checkpoint would count."""
+    with caplog.at_level(logging.WARNING), checkpoint.Checkpointer(tmp_path, keep=1) as saver:
+        saver.save(1, state(1), data=DATA, config=CONFIG)
+        assert saver.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            saver.save(2, state(2), data=DATA, config=CONFIG)
+            assert not saver.wait()
+        (record,) = caplog.records
+        assert record.message.startswith("checkpoint of step 2 was not written (no space left on the disk); ")
+        assert "the newest is step 1" in record.message
+        assert [entry.name for entry in saver.root.iterdir()] == ["1"]  # nothing half-written takes room
+        saver.save(3, state(3), data=DATA, config=CONFIG)  # and the run goes on
+        assert saver.wait()
+    assert checkpoint.restore(tmp_path, abstract(state(0))).step == 3
+
+
+# Saves steps 1, 2, … of a state that is full of its step, until it is killed or has done `count` of them.
+SAVES_FOREVER = """
+import logging, resource, signal, sys
+import jax.numpy as jnp
+from moejax import checkpoint
+directory, first, count, limit = sys.argv[1], *map(int, sys.argv[2:])
+logging.basicConfig(format="%(message)s")
+if limit:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with checkpoint.Checkpointer(directory, keep=2) as saver:
+    for step in range(first, first + count):
+        if limit and step == first + 1:
+            saver.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        params = {str(i): jnp.full((1 << 16,), float(step)) + jnp.arange(1 << 16) for i in range(8)}
+        saver.save(step, {"params": params}, data={"position": step}, config={"x": 1})
+        print(step, flush=True)
+"""
+
+
+def start(*arguments, **kwargs):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", SAVES_FOREVER, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, **kwargs)
+
+
+def check_whole(directory, step: int) -> None:
+    found = checkpoint.restore(directory)
+    assert (found.step, found.data) == (step, {"position": step})
+    for value in found.trees["params"].values():
+        np.testing.assert_array_equal(value, np.arange(1 << 16, dtype=np.float32) + step)
+
+
+def test_a_full_disk_in_the_arrays_keeps_the_older_checkpoint(tmp_path):
+    """A file-size limit below the arrays' size stands for the full disk: the write itself fails, in the background."""
+    process = start(tmp_path, 1, 2, 100_000, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.split() == ["1", "2"]
+    (line,) = [line for line in err.splitlines() if "checkpoint of step 2 was not written" in line]
+    assert "the newest is step 1" in line
+    check_whole(tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_kill_9_inside_a_save_leaves_nothing_that_looks_whole(tmp_path):
+    random = np.random.default_rng(0)
+    first = 1
+    for _ in range(8):
+        process = start(tmp_path, first, 1000, 0, stdout=subprocess.PIPE)
+        done = [int(process.stdout.readline()) for _ in range(3)][-1]
+        time.sleep(random.uniform(0, 0.15))  # a save takes about 0.1 s: the kill lands anywhere in it
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        steps = [int(e.name) for e in (tmp_path / "checkpoints").iterdir() if e.name.isdecimal()]
+        for step in steps:  # not one of them, newest or not, is half
+            path = tmp_path / "checkpoints" / str(step)
+            assert json.loads((path / checkpoint.MANIFEST).read_text())["step"] == step
+            check_whole(path, step)
+        assert max(steps) >= done - 1  # `done` was begun after the one before it had been finished
+        first = max(steps) + 1
