@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import checkify
+import numpy as np
 
 
 @jax.tree_util.register_dataclass
@@ -19,13 +19,19 @@ class GroupMetadata:
 def group_metadata(group_sizes: jax.Array, M: int) -> GroupMetadata:
     """Metadata of group_sizes (E,) i32 over M rows, for every `grouped_matmul` that shares them.
 
-    Sizes must not be negative nor sum to more than M; under `checkify` (user checks) that is checked.
+    Outside jit, sizes that are negative or sum to more than M raise a ValueError. Under jit nothing is checked: a check
+    is an effect, and a layer that is scanned (flax's scan) may have none.
     """
+    if not isinstance(group_sizes, jax.core.Tracer):
+        check_sizes(group_sizes, M)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    checkify.debug_check(
-        jnp.all(group_sizes >= 0) & (ends[-1] <= M),
-        "group_sizes {sizes} must not be negative nor sum to more than the {rows} rows of lhs",
-        sizes=group_sizes,
-        rows=jnp.int32(M),
-    )
     return GroupMetadata(starts=ends - group_sizes, ends=ends)
+
+
+def check_sizes(group_sizes: jax.Array, M: int) -> None:
+    """ValueError unless concrete group_sizes (E,) are ≥ 0 and sum to at most M."""
+    sizes = np.asarray(group_sizes)
+    if sizes.size and (sizes.min() < 0 or sizes.sum() > M):
+        raise ValueError(
+            f"group_sizes must not be negative nor sum to more than the {M} rows of lhs; got {sizes.tolist()}"
+        )
