@@ -245,7 +245,10 @@ _ENDLESS = 1 << 50
 
 @functools.lru_cache(maxsize=16)
 def _mixture(weights: tuple[float, ...]) -> grain.MapDataset[tuple[int, int]]:
-    """Item i is (source, number of earlier items of that source): the sources interleaved evenly by weight."""
+    """Item i is (source, number of earlier items of that source): the sources interleaved evenly by weight.
+
+    grain rounds the weights to whole numbers, the smallest at least 100: shares are true to 1%.
+    """
     numbers = [grain.MapDataset.source(_Numbers(source)) for source in range(len(weights))]
     return grain.MapDataset.mix(numbers, weights)
 

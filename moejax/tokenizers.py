@@ -183,8 +183,12 @@ def train_bpe(documents: Iterable[bytes], vocab_size: int, path: str, progress: 
         initial_alphabet=_byte_level_names(),
         show_progress=progress,
     )
-    tokenizer.train_from_iterator((document.decode("utf-8", "ignore") for document in documents), trainer)
     path = os.path.expanduser(path)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    tokenizer.save(path)
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        tokenizer.train_from_iterator((document.decode("utf-8", "ignore") for document in documents), trainer)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(tokenizer.to_str(pretty=True))
+    except OSError as error:
+        raise UserError(f"cannot write the tokenizer to {path} ({error.strerror}); give a path that can be") from None
     return FileTokenizer(path)
