@@ -1,0 +1,169 @@
+"""Attention: one function, and grouped-query attention (Ainslie 2023) around it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax import layers, sharding
+
+IMPLEMENTATIONS = ("plain", "xla", "cudnn", "splash")
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None = None,
+    window: int | None = None,
+    sinks: jax.Array | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Causal attention of q (B, L, H, hd) over k, v (B, L, H_kv, hd), inside segments; (B, L, H, hd) in q's dtype.
+
+    Scores are scaled by hd^-½ and normalised in float32. `segment_ids` (B, L) int: positions see their own segment
+    only. `window`: each position sees itself and the window − 1 before it. `sinks` (H,) are learned logits that take
+    part of the mass (gpt-oss). `softcap` c bounds scores to c·tanh(s/c). Implementations: `plain` (the oracle, any
+    option), `xla`, `cudnn` and `splash` (TPU); None picks by platform, and `plain` where sinks or softcap ask for it.
+    """
+    if implementation is None:
+        # jax's own function takes neither sinks nor a soft cap; a TPU step must not hold an L×L array.
+        if jax.default_backend() == "tpu" and sinks is None and q.shape[1] % 128 == 0:
+            implementation = "splash"
+        else:
+            implementation = "plain" if sinks is not None or softcap is not None else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {implementation!r}: one of {', '.join(IMPLEMENTATIONS)}, or None")
+    if implementation == "splash":
+        return _splash(q, k, v, segment_ids, window, softcap)
+    if implementation == "plain":
+        return _plain(q, k, v, _mask(q.shape[1], segment_ids, window), sinks, softcap)
+    if sinks is not None or softcap is not None:
+        raise NotImplementedError(f"attention by {implementation!r} takes no sinks or softcap; use 'plain'")
+    mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=implementation,
+    )
+
+
+def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, window: int | None = None):
+    """Attention of q (B, L, H, hd) at `positions` (B, L) over a cache k, v (B, M, H_kv, hd) whose slot is the position.
+
+    A slot past the query's own position is not read, so slots that hold padding or old rows don't matter.
+    """
+    slots = jnp.arange(k.shape[1], dtype=positions.dtype)[None, None, :]
+    mask = slots <= positions[:, :, None]
+    if window is not None:
+        mask &= slots > positions[:, :, None] - window
+    return _plain(q, k, v, mask[:, None], None, None)
+
+
+def _mask(length: int, segment_ids: jax.Array | None, window: int | None) -> jax.Array:
+    """(B or 1, 1, L, L) bool, True where a query (third axis) sees a key (last axis)."""
+    query, key = jnp.arange(length)[:, None], jnp.arange(length)[None, :]
+    mask = key <= query
+    if window is not None:
+        mask &= key > query - window
+    mask = mask[None, None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return mask
+
+
+def _plain(q, k, v, mask, sinks, softcap):
+    groups = q.shape[2] // k.shape[2]
+    q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
+    scores = jnp.einsum("blkgh,bmkh->bkglm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, k.shape[2], groups, 1, 1)
+        top = jnp.maximum(top, sink)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sink - top)
+    out = jnp.einsum("bkglm,bmkh->blkgh", (weights / total).astype(v.dtype), v)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+
+def _splash(q, k, v, segment_ids, window, softcap):
+    """jax's splash attention for TPU: block-sparse, never L×L."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length = q.shape[1]
+    shape = (length, length)
+    one = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    attention = kernel.make_splash_mha(
+        masks.MultiHeadMask([one] * q.shape[2]), head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap
+    )
+    repeats = q.shape[2] // k.shape[2]
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v))
+    k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
+    if segment_ids is None:
+        segment_ids = jnp.zeros((q.shape[0], length), jnp.int32)
+    out = jax.vmap(attention)(q, k, v, segment_ids=kernel.SegmentIds(segment_ids, segment_ids))
+    return jnp.swapaxes(out, 1, 2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and, on request, RMSNorm on each head's queries and keys.
+
+    x (B, L, D), positions (B, L), segment_ids (B, L) -> (B, L, D) in `dtype`. With `cache_length` M > 0 keys and
+    values go to and come from the collection `cache` (B, M, H_kv, hd), at the slot that is their position.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    qk_norm: bool
+    norm_eps: float
+    init_scale: float
+    dtype: jnp.dtype
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x, positions, segment_ids, cache_length: int = 0):
+        width = x.shape[-1]
+
+        def project(name, heads, axis):
+            init = nn.with_logical_partitioning(layers.fan_in_init(0, (1, 2), self.init_scale), ("embed", axis, "head_dim"))
+            kernel = self.param(name, init, (width, heads, self.head_dim), jnp.float32)
+            return jnp.einsum("bld,dhk->blhk", x, kernel.astype(self.dtype))
+
+        x = x.astype(self.dtype)
+        q = project("query", self.num_heads, "heads")
+        k = project("key", self.num_kv_heads, "kv_heads")
+        v = project("value", self.num_kv_heads, "kv_heads")
+        if self.qk_norm:
+            q = layers.RMSNorm(self.norm_eps, name="query_norm")(q)
+            k = layers.RMSNorm(self.norm_eps, name="key_norm")(k)
+        q, k = (layers.rotary(y, positions, self.rope_theta) for y in (q, k))
+        if cache_length:
+            out = self._cached(q, k, v, positions, cache_length)
+        else:
+            out = attend(q, k, v, segment_ids, implementation=self.implementation)
+        init = nn.with_logical_partitioning(layers.fan_in_init((0, 1), 2, self.init_scale), ("heads", "head_dim", "embed"))
+        kernel = self.param("out", init, (self.num_heads, self.head_dim, width), jnp.float32)
+        out = jnp.einsum("blhk,hkd->bld", out, kernel.astype(self.dtype))
+        return sharding.constrain(out, "batch", "length", "activation")
+
+    def _cached(self, q, k, v, positions, cache_length):
+        shape = (k.shape[0], cache_length, *k.shape[2:])
+        rows = jnp.arange(k.shape[0])[:, None]
+        read = []
+        for name, new in (("key", k), ("value", v)):
+            cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+            cache.value = cache.value.at[rows, positions].set(new)
+            read.append(cache.value)
+        return attend_cached(q, *read, positions)

@@ -1,0 +1,81 @@
+"""Where the rows of each expert are computed: the one shard_map of the MoE layer.
+
+Each device sorts the rows of its own part of the batch and runs them through all experts, whose weights are
+gathered for it (data parallel and FSDP). Means and counts over tokens stay outside, so they are global.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from moejax import dispatch, experts, routing, sharding
+
+
+def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_experts: int, implementation=None):
+    """Σ_k weight · expert(x) for x (B, L, D) and a decision with leading axis B; (B, L, D) in x's dtype.
+
+    `decision` holds either Routing fields (B, L, K) or ExpertChoice fields (B, E, C) with token positions inside the
+    row; one leading group that spans the batch, (1, E, C), runs without shard_map. `weights`: gate, up (E, D, F) and
+    down (E, F, D).
+    """
+    run = functools.partial(_local, num_experts=num_experts, implementation=implementation)
+    axes = sharding.batch_axes()
+    groups = jax.tree.leaves(decision)[0].shape[0]
+    if not axes or groups != x.shape[0]:
+        return run(x, decision, weights)
+    rows = PartitionSpec(axes)
+
+    def local(x, decision, weights):
+        # Replicated going in, different on each device coming back: the cast's transpose is the sum over devices.
+        return run(x, decision, jax.tree.map(lambda w: lax.pcast(w, axes, to="varying"), weights))
+
+    return jax.shard_map(local, in_specs=(rows, rows, PartitionSpec()), out_specs=rows, axis_names=set(axes))(
+        x, decision, weights
+    )
+
+
+def _local(x, decision, weights, *, num_experts, implementation):
+    tokens = x.reshape(-1, x.shape[-1])
+    with jax.named_scope("dispatch"):
+        plan = dispatch.plan(flatten(decision, tokens.shape[0]), num_experts)
+        rows = dispatch.gather(tokens, plan)
+    with jax.named_scope("experts"):
+        rows = experts.gated_ffn(
+            rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes, implementation=implementation
+        )
+    with jax.named_scope("combine"):
+        return dispatch.combine(rows, plan, tokens.shape[0]).reshape(x.shape)
+
+
+def flatten(decision, num_tokens: int):
+    """A decision of N routing groups (leading axis N) as one decision over all T = num_tokens tokens.
+
+    Routing: every field (N, T/N, …) becomes (T, …). ExpertChoice: tokens and weights (N, E, C) become (E, N·C) with
+    token numbers in 0 … T − 1, and scores (T, E).
+    """
+    if isinstance(decision, routing.Routing):
+        return jax.tree.map(lambda a: a.reshape(num_tokens, *a.shape[2:]), decision)
+    groups, num_experts, _ = decision.tokens.shape
+    first = (jnp.arange(groups, dtype=decision.tokens.dtype) * (num_tokens // groups))[:, None, None]
+
+    def by_expert(a):
+        return jnp.swapaxes(a, 0, 1).reshape(num_experts, -1)
+
+    return routing.ExpertChoice(
+        by_expert(decision.tokens + first), by_expert(decision.weights), decision.scores.reshape(num_tokens, -1)
+    )
+
+
+def dense_mixture(x: jax.Array, decision, weights: dict[str, jax.Array]) -> jax.Array:
+    """The oracle of `mixture`: every expert on every token, masked by the gates. Same arguments, same result."""
+    tokens = x.reshape(-1, x.shape[-1])
+
+    def every_expert(tokens):
+        hidden = jax.nn.silu(jnp.einsum("td,edf->etf", tokens, weights["gate"]))
+        hidden *= jnp.einsum("td,edf->etf", tokens, weights["up"])
+        return jnp.einsum("etf,efd->etd", hidden, weights["down"])
+
+    return dispatch.dense(tokens, flatten(decision, tokens.shape[0]), every_expert).reshape(x.shape)

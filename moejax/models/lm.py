@@ -1,0 +1,149 @@
+"""The research LM: a pre-norm decoder whose FFNs are dense or sparse, scanned over layers.
+
+Layers: `first_dense_layers` dense ones, then periods of `moe_every` blocks of which the last is sparse.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax import layers, sharding
+from moejax.attention import Attention
+from moejax.config import ModelConfig
+from moejax.errors import UserError
+from moejax.moe import Mode, MoE
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)). Returns x (B, L, D) and the losses of its MoE layer, if any."""
+
+    config: ModelConfig
+    sparse: bool
+    mode: Mode
+    cache_length: int = 0
+
+    @nn.compact
+    def __call__(self, x, tokens, positions, segment_ids):
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        norm = functools.partial(layers.RMSNorm, config.norm_eps)
+        with jax.named_scope("attention"):
+            x = x + Attention(
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim or config.width // config.num_heads,
+                rope_theta=config.rope_theta,
+                qk_norm=config.qk_norm,
+                norm_eps=config.norm_eps,
+                init_scale=config.init_scale,
+                dtype=dtype,
+                implementation=config.attention_implementation,
+                name="attention",
+            )(norm(name="attention_norm")(x), positions, segment_ids, self.cache_length)
+        h = norm(name="ffn_norm")(x)
+        if self.sparse:
+            assert config.moe is not None
+            moe = MoE(config.moe, config.moe.expert_width or config.ffn_width, self.mode, config.init_scale, name="moe")
+            y, losses = moe(h, tokens, segment_ids != 0)
+        else:
+            y, losses = layers.GatedFFN(config.ffn_width, dtype, config.init_scale, name="ffn")(h), {}
+        return sharding.constrain(x + y, "batch", "length", "activation"), losses
+
+
+class Period(nn.Module):
+    """`moe_every` blocks of which the last is sparse."""
+
+    config: ModelConfig
+    mode: Mode
+    cache_length: int = 0
+
+    @nn.compact
+    def __call__(self, x, tokens, positions, segment_ids):
+        every = self.config.moe_every
+        losses: dict[str, jax.Array] = {}
+        for i in range(every):
+            block = Block(self.config, i == every - 1, self.mode, self.cache_length, name=f"block_{i}")
+            x, losses = block(x, tokens, positions, segment_ids)
+        return x, losses
+
+
+class LM(nn.Module):
+    """Decoder language model: tokens (B, L) int -> float32 logits (B, L, V).
+
+    positions (B, L) default to 0 … L − 1; segment_ids (B, L), 0 where padded, default to one segment. With
+    `return_losses=True` also the unweighted losses of the MoE layers, each the mean over layers: {} for a dense
+    model. `mode` "train" uses noise (rng `routing`) and the training capacity, "evaluate" is deterministic, "generate"
+    never drops. `cache_length` M > 0 reads and writes keys and values in the collection `cache`.
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens, positions=None, segment_ids=None, return_losses=False, mode: Mode = "evaluate", cache_length=0
+    ):
+        config = self.config
+        if config.vocab_size is None:
+            raise UserError("model.vocab_size is None: give it, or take it from the tokenizer")
+        dtype = jnp.dtype(config.dtype)
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        embedding = layers.Embedding(config.vocab_size, config.width, dtype, name="embedding")
+        x = embedding(tokens)
+        inputs = (tokens, positions, segment_ids)
+        dense, periods = layer_plan(config)
+        losses: dict[str, jax.Array] = {}
+        if dense:
+            name = "dense_layers" if periods else "layers"
+            stack = self._stack(Block, dense)
+            x, _ = stack(config, False, mode, cache_length, name=name)(x, *inputs)
+        if periods:
+            if config.moe_every == 1:
+                period = self._stack(Block, periods)(config, True, mode, cache_length, name="layers")
+            else:
+                period = self._stack(Period, periods)(config, mode, cache_length, name="layers")
+            x, losses = period(x, *inputs)
+        x = layers.RMSNorm(config.norm_eps, name="final_norm")(x)
+        with jax.named_scope("head"):
+            if config.tie_embeddings:
+                logits = embedding.attend(x)
+            else:
+                init = nn.with_logical_partitioning(layers.fan_in_init(0, 1, config.init_scale), ("embed", "vocab"))
+                kernel = self.param("unembedding", init, (config.width, config.vocab_size), jnp.float32)
+                logits = jnp.einsum("bld,dv->blv", x, kernel.astype(dtype), preferred_element_type=jnp.float32)
+        if return_losses:
+            return logits, jax.tree.map(jnp.mean, losses)
+        return logits
+
+    def _stack(self, block, length: int):
+        """`block` repeated `length` times by a scan with stacked parameters, rematerialised as the config asks."""
+        policies = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
+        if self.config.remat != "none":
+            # A scan's body is compiled by itself: common subexpressions can't undo the rematerialisation.
+            block = nn.remat(block, policy=policies[self.config.remat], prevent_cse=not self.config.scan_layers)
+        return nn.scan(
+            block,
+            variable_axes={"params": 0, "router_state": 0, "intermediates": 0, "cache": 0},
+            split_rngs={"params": True, "routing": True},
+            in_axes=nn.broadcast,
+            length=length,
+            unroll=1 if self.config.scan_layers else length,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+
+
+def layer_plan(config: ModelConfig) -> tuple[int, int]:
+    """(dense layers at the start, periods of moe_every layers after them); UserError where they don't fit."""
+    if config.moe is None:
+        return config.num_layers, 0
+    sparse = config.num_layers - config.first_dense_layers
+    if sparse <= 0 or sparse % config.moe_every:
+        raise UserError(
+            f"model.num_layers={config.num_layers} less first_dense_layers={config.first_dense_layers} must be a "
+            f"positive multiple of moe_every={config.moe_every}"
+        )
+    return config.first_dense_layers, sparse // config.moe_every

@@ -1,0 +1,157 @@
+"""The sparse FFN as a Flax module: router kernel, expert weights, shared experts, selection bias.
+
+A thin skin: the decision is `decide`, rows move and are computed in `expert_parallel.mixture`, losses are
+`balance`'s and statistics `routing_stats`'. Returns (y, losses) and sows one dict of tallies, `routing`.
+"""
+
+import inspect
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moejax import balance, expert_parallel, layers, routing, routing_stats
+from moejax.config import MoEConfig
+
+Mode = Literal["train", "evaluate", "generate"]
+
+
+def router_inputs(router) -> set[str]:
+    """The optional inputs that a router takes: of tokens, mask, bias, key, noise_logits (all but the last by **)."""
+    parameters = inspect.signature(router).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return {"tokens", "mask", "bias", "key"} | (parameters.keys() & {"noise_logits"})
+    return set(parameters.keys() & {"tokens", "mask", "bias", "key", "noise_logits"})
+
+
+def decide(config: MoEConfig, logits, *, tokens, mask, bias=None, key=None, noise_logits=None, mode: Mode = "train"):
+    """The router's decision in every routing group, capacity included.
+
+    logits (N, T/N, E) f32 in N groups; tokens, mask (N, T/N); bias (E,); noise_logits as logits. Returns a Routing or
+    ExpertChoice with a leading axis N. In mode "generate" nothing is dropped, and expert choice, which would look at
+    other tokens, becomes each token's top K by score.
+    """
+    router = routing.resolve(config.router)
+    wanted = router_inputs(router)
+    groups, length, num_experts = logits.shape
+    mapped = {"tokens": tokens, "mask": mask, "noise_logits": noise_logits}
+    mapped["key"] = None if key is None else jax.random.split(key, groups)
+    mapped = {name: value for name, value in mapped.items() if name in wanted}
+    fixed = {"bias": bias} if "bias" in wanted else {}
+    factor = config.capacity_factor
+    if mode == "evaluate" and config.eval_capacity_factor is not None:
+        factor = config.eval_capacity_factor
+
+    def one_group(logits, mask, inputs):
+        per_token = config.experts_per_token
+        decision = router(logits, experts_per_token=per_token, **inputs, **fixed, **config.router_options)
+        if isinstance(decision, routing.ExpertChoice):
+            if mode != "generate":
+                return decision
+            decision = routing.top_k(logits, experts_per_token=per_token, mask=mask)
+        elif factor is not None and mode != "generate":
+            decision = routing.with_capacity(decision, routing.capacity(factor, length, per_token, num_experts))
+        return decision
+
+    return jax.vmap(one_group)(logits, mask, mapped)
+
+
+class MoE(nn.Module):
+    """Router and experts: x (B, L, D), token ids (B, L), mask (B, L) bool -> (y (B, L, D), unweighted losses).
+
+    `hidden` is F. Parameters: router (D, E), gate and up (E, D, F), down (E, F, D), shared/…, and noise (D, E) for a
+    router that takes `noise_logits`; `router_state/bias` (E,) for one that takes `bias`.
+    """
+
+    config: MoEConfig
+    hidden: int
+    mode: Mode = "evaluate"
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x, tokens, mask):
+        config = self.config
+        with jax.named_scope("router"):
+            logits, decision = self._route(x, tokens, mask)
+        weights = self._experts(x.shape[-1], x.dtype)
+        if config.dispatch == "dense":
+            y = expert_parallel.dense_mixture(x, decision, weights)
+        else:
+            y = expert_parallel.mixture(
+                x, decision, weights, num_experts=config.num_experts, implementation=config.implementation
+            )
+        if config.shared_experts:
+            y += layers.GatedFFN(config.shared_experts * self.hidden, x.dtype, self.init_scale, name="shared")(x)
+        return y, self._losses(logits, decision, mask)
+
+    def _route(self, x, tokens, mask):
+        """float32 logits (B, L, E) and the decision, its leading axis the routing group."""
+        config = self.config
+        wanted = router_inputs(routing.resolve(config.router))
+        key = self.make_rng("routing") if self.mode == "train" else None
+        inputs = x.astype(jnp.float32)
+        if config.input_jitter and key is not None:
+            key, jitter = jax.random.split(key)
+            low, high = 1 - config.input_jitter, 1 + config.input_jitter
+            inputs *= jax.random.uniform(jitter, inputs.shape, jnp.float32, low, high)
+
+        def score(name, init):
+            axes = ("embed", "router_experts")
+            kernel = self.param(
+                name, nn.with_logical_partitioning(init, axes), (x.shape[-1], config.num_experts), jnp.float32
+            )
+            return jnp.einsum("bld,de->ble", inputs, kernel, precision=lax.Precision.HIGHEST)
+
+        logits = score("router", layers.fan_in_init(0, 1, self.init_scale))
+        noise_logits = score("noise", nn.initializers.zeros) if "noise_logits" in wanted else None
+        bias = None
+        if "bias" in wanted:
+            state = self.variable("router_state", "bias", jnp.zeros, (config.num_experts,), jnp.float32)
+            bias = lax.stop_gradient(state.value)
+
+        def grouped(a):
+            return a if a is None or config.group == "sequence" else a.reshape(1, -1, *a.shape[2:])
+
+        decision = decide(
+            config,
+            grouped(logits),
+            tokens=grouped(tokens),
+            mask=grouped(mask),
+            bias=bias,
+            key=key,
+            noise_logits=grouped(noise_logits),
+            mode=self.mode,
+        )
+        if isinstance(decision, routing.Routing):  # capacity is settled: back to one row per sequence
+            decision = jax.tree.map(lambda a: a.reshape(*x.shape[:2], *a.shape[2:]), decision)
+        return logits, decision
+
+    def _experts(self, width, dtype):
+        num_experts, hidden = self.config.num_experts, self.hidden
+        init = layers.fan_in_init(1, 2, self.init_scale, experts=(0,))
+        into, out = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
+        gate = self.param("gate", nn.with_logical_partitioning(init, into), (num_experts, width, hidden), jnp.float32)
+        up = self.param("up", nn.with_logical_partitioning(init, into), (num_experts, width, hidden), jnp.float32)
+        down = self.param("down", nn.with_logical_partitioning(init, out), (num_experts, hidden, width), jnp.float32)
+        return {"gate": gate.astype(dtype), "up": up.astype(dtype), "down": down.astype(dtype)}
+
+    def _losses(self, logits, decision, mask):
+        """Unweighted losses over the global batch; sows the tallies. Expert choice is balanced by construction."""
+        config = self.config
+        groups = mask if config.group == "sequence" or isinstance(decision, routing.Routing) else mask.reshape(1, -1)
+        tallies = routing_stats.tallies(lax.stop_gradient(decision), groups)
+        self.sow("intermediates", "routing", tallies, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+        losses = {"router_z_loss": balance.router_z_loss(logits, mask)}
+        scores = decision.scores.reshape(logits.shape)
+        if isinstance(decision, routing.Routing):
+            chosen = routing.chosen(decision, mask)
+            losses["load_balance_loss"] = balance.load_balance_loss(scores, tallies["selected"], mask)
+            losses["sequence_balance_loss"] = balance.sequence_balance_loss(scores, decision.experts, chosen, mask)
+        if config.importance_weight:
+            losses["importance_loss"] = balance.importance_loss(scores, mask)
+        if config.load_weight and self.mode == "train":
+            noise = getattr(decision, "noise", None)
+            losses["load_loss"] = balance.load_loss(logits, noise, config.experts_per_token, mask)
+        return losses

@@ -1,0 +1,112 @@
+"""Meshes, and the one table from logical axes to mesh axes.
+
+Every parameter carries logical axis names; `spec` turns them into a PartitionSpec. Meshes come from `make_mesh`
+alone: it pins Auto axes, because `jax.make_mesh` defaults to Explicit ones, which Linen's annotations don't take.
+"""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moejax.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "tensor")
+# Outside the MoE layer the expert axis is one more data axis.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp", "expert"),
+    "length": None,
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "experts": "expert",
+    "expert_mlp": "tensor",
+    "router_experts": None,
+    "norm": None,
+    "activation": None,
+}
+
+
+def make_mesh(sizes: dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """An Auto mesh of axes `data`, `fsdp`, `expert`, `tensor`.
+
+    `sizes` gives the size of each axis (1 where left out); one may be -1 and fills up. A mesh smaller than
+    `devices` takes the first ones. Raises UserError for a mesh that the devices can't form.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: 1 for axis in AXES} | (sizes if sizes is not None else {"data": -1})
+    free = [axis for axis, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(f"mesh sizes {sizes}: each must be positive, and at most one -1 (fills up)")
+    if fixed > len(devices) or (free and len(devices) % fixed):
+        raise UserError(
+            f"mesh sizes {sizes} need {'a multiple of ' if free else ''}{fixed} devices and there are {len(devices)}: "
+            "change config.mesh"
+        )
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    count = math.prod(sizes.values())
+    return jax.make_mesh(
+        tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count]
+    )
+
+
+def spec(names: Sequence[str | None], rules: dict | None = None) -> PartitionSpec:
+    """The PartitionSpec of logical axis `names`; UserError for an unknown name or a mesh axis taken twice."""
+    rules = RULES if rules is None else rules
+    taken: dict[str, str] = {}
+    axes = []
+    for name in names:
+        if name is not None and name not in rules:
+            raise UserError(f"logical axis {name!r} is not in the table; it has {', '.join(rules)}")
+        axis = None if name is None else rules[name]
+        for mesh_axis in (axis,) if isinstance(axis, str) else axis or ():
+            if mesh_axis in taken:
+                raise UserError(
+                    f"axes {tuple(names)}: {taken[mesh_axis]!r} and {name!r} both land on mesh axis {mesh_axis!r}; "
+                    "give one of them another axis in the table"
+                )
+            taken[mesh_axis] = str(name)
+        axes.append(axis)
+    return PartitionSpec(*axes)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """`x` held to the layout of its logical axis names; the identity where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not mesh.are_all_axes_auto:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def batch_axes() -> tuple[str, ...]:
+    """The axes of the mesh in use that split the batch and have more than one device; () without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = RULES["batch"]
+    assert isinstance(axes, tuple)
+    return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+
+
+def shardings(mesh: Mesh, boxed) -> dict:
+    """NamedShardings for a tree whose leaves may be boxed with logical names (`nn.with_logical_partitioning`)."""
+    specs = nn.get_partition_spec(boxed)
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, spec(tuple(s))), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds all of it."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Arrays (B, …) split over the batch axes."""
+    return NamedSharding(mesh, spec(("batch",)))
