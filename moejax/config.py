@@ -14,6 +14,12 @@ from ml_collections import config_dict
 from moejax import schema
 from moejax.data import DataConfig
 from moejax.errors import UserError
+from moejax.schema import to_config_dict, to_dict
+
+__all__ = [
+    "Ablation", "Config", "DataConfig", "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig", "TrainConfig",
+    "ablation_from_config_dict", "diff", "from_config_dict", "settle", "to_config_dict", "to_dict",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +192,7 @@ def diff(stored: Config, new: Config) -> list[str]:
 
     `optimizer.decay_steps` and `model.vocab_size` left at None agree with whatever the first run stored.
     """
-    before, after = dict(schema.leaves(schema.to_dict(stored))), dict(schema.leaves(schema.to_dict(new)))
+    before, after = dict(schema.leaves(to_dict(stored))), dict(schema.leaves(to_dict(new)))
     changed = []
     for path in sorted(before.keys() | after.keys()):
         old, now = before.get(path), after.get(path)
