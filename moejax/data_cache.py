@@ -174,24 +174,25 @@ def _open_stream(path: str, split: str, dtype: str) -> Stream:
 
 
 class _Writer:
-    """Writes one split, document by document."""
+    """Writes one split, a stream of documents at a time (without the end-of-document token that closes it)."""
 
     def __init__(self, folder: str, split: str, dtype: str, end_of_document: int):
         names = [os.path.join(folder, f"{split}.{name}") for name in ("tokens", "starts", "extra_bytes")]
         self.tokens, self.starts, self.extra_bytes = (open(name, "wb") for name in names)  # noqa: SIM115
         self.end = np.array([end_of_document], dtype)
         self.length = 0
+        self.documents = 0
 
-    def write(self, tokens: np.ndarray, extra_bytes: int) -> None:
-        self.starts.write(np.int64(self.length).tobytes())
-        self.extra_bytes.write(np.int32(extra_bytes).tobytes())
-        self.tokens.write(self.end.tobytes())
-        self.tokens.write(memoryview(np.ascontiguousarray(tokens, self.end.dtype)))
-        self.length += 1 + len(tokens)
+    def write(self, part: Stream) -> None:
+        self.tokens.write(memoryview(np.ascontiguousarray(part.tokens, self.end.dtype)))
+        self.starts.write(memoryview(part.starts + self.length))
+        self.extra_bytes.write(memoryview(np.ascontiguousarray(part.extra_bytes)))
+        self.length += len(part.tokens)
+        self.documents += len(part.starts)
 
     def close(self) -> None:
         if self.length:
-            self.tokens.write(self.end.tobytes())
+            self.tokens.write(memoryview(self.end))
         for file in (self.tokens, self.starts, self.extra_bytes):
             file.flush()
             os.fsync(file.fileno())
@@ -208,25 +209,25 @@ def _build(
     progress: bool,
 ) -> None:
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    writers = {split: _Writer(folder, split, dtype, tokenizer.end_of_document) for split in _SPLITS}
-    content, num_bytes, documents = hashlib.sha256(), 0, collections.Counter[str]()
+    writers = [_Writer(folder, split, dtype, tokenizer.end_of_document) for split in _SPLITS]
+    content, num_bytes = hashlib.sha256(), 0
     size = sum(file.size for file in files)
+    chunks = sources.read(source, files)
     try:
         with tqdm.tqdm(total=size, unit="B", unit_scale=True, desc=f"tokenising {source}", disable=not progress) as bar:
-            for encoded, share in _encode_in_parallel(tokenizer, sources.read(source, files)):
-                for tokens, document_digest, length, extra_bytes in encoded:
-                    split = _SPLITS[is_held_out(document_digest, eval_fraction)]
-                    writers[split].write(tokens, extra_bytes)
-                    content.update(document_digest)
-                    num_bytes += length
-                    documents[split] += 1
+            for chunk, share in _encode_in_parallel(tokenizer, chunks, eval_fraction):
+                for writer, part in zip(writers, chunk.parts, strict=True):
+                    writer.write(part)
+                content.update(chunk.digests)
+                num_bytes += chunk.num_bytes
                 bar.update(share)
     finally:
-        for writer in writers.values():
+        for writer in writers:
             writer.close()
-    if not documents:
+    documents = [writer.documents for writer in writers]
+    if not any(documents):
         raise UserError(f"data.source {source} holds no text: all its {len(files)} files are empty; give more text")
-    tails = eval_fraction > 0 and min(documents["train"], documents["heldout"]) == 0
+    tails = eval_fraction > 0 and min(documents) == 0
     if tails:
         _hold_out_tails(folder, dtype, tokenizer, eval_fraction)
     names = sorted(os.listdir(folder))
@@ -245,31 +246,29 @@ def _build(
         os.fsync(file.fileno())
 
 
-_Encoded = list[tuple[np.ndarray, bytes, int, int]]
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Some documents, tokenised: the part for each split, all digests one after another, and their bytes."""
+
+    parts: list[Stream]
+    digests: bytes
+    num_bytes: int
 
 
 def _encode_in_parallel(
-    tokenizer: Tokenizer, chunks: Iterator[tuple[list[bytes], int]]
-) -> Iterator[tuple[_Encoded, int]]:
-    """(tokens, digest, bytes, extra bytes) of each document, chunk by chunk, in order.
+    tokenizer: Tokenizer, chunks: Iterator[tuple[list[bytes], int]], eval_fraction: float
+) -> Iterator[tuple[_Chunk, int]]:
+    """Each chunk of documents, tokenised, in order, with the bytes of files it stands for.
 
     A few threads suffice: `tokenizers`, hashing and numpy release the GIL, and `tokenizers` splits a chunk over all
     cores by itself. It needs some 50 bytes of memory for each byte of a chunk, and chunks in flight are bounded.
     """
-
-    def encode(documents: list[bytes]) -> _Encoded:
-        encoded = []
-        for document, tokens in zip(documents, tokenizer.encode_documents(documents), strict=True):
-            extra_bytes = len(document) - int(tokenizer.byte_lengths[tokens].sum())
-            encoded.append((tokens, digest(document), len(document), extra_bytes))
-        return encoded
-
     workers = min(4, os.cpu_count() or 1)
-    pending: collections.deque[tuple[concurrent.futures.Future[_Encoded], int]] = collections.deque()
+    pending: collections.deque[tuple[concurrent.futures.Future[_Chunk], int]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         try:
             for documents, share in chunks:
-                pending.append((pool.submit(encode, documents), share))
+                pending.append((pool.submit(_encode, tokenizer, documents, eval_fraction), share))
                 if len(pending) >= 2 * workers:
                     future, share = pending.popleft()
                     yield future.result(), share
@@ -281,22 +280,47 @@ def _encode_in_parallel(
                 future.cancel()
 
 
+def _encode(tokenizer: Tokenizer, documents: list[bytes], eval_fraction: float) -> _Chunk:
+    digests = [digest(document) for document in documents]
+    encoded = tokenizer.encode_documents(documents)
+    held = [is_held_out(document_digest, eval_fraction) for document_digest in digests]
+    parts = []
+    for split in (False, True):
+        chosen = [i for i in range(len(documents)) if held[i] == split]
+        sizes = [len(documents[i]) for i in chosen]
+        parts.append(_part([encoded[i] for i in chosen], sizes, tokenizer))
+    return _Chunk(parts, b"".join(digests), sum(map(len, documents)))
+
+
+def _part(encoded: list[np.ndarray], sizes: list[int], tokenizer: Tokenizer) -> Stream:
+    """E d1 E d2 … of tokenised documents and their sizes in bytes."""
+    if not encoded:
+        return Stream(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32))
+    end = np.array([tokenizer.end_of_document], np.int32)
+    tokens = np.concatenate([array for document in encoded for array in (end, document)], dtype=np.int32)
+    lengths = np.array([len(document) + 1 for document in encoded], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    known = np.add.reduceat(tokenizer.byte_lengths[tokens], starts)
+    return Stream(tokens, starts, (np.array(sizes) - known).astype(np.int32))
+
+
 def _hold_out_tails(folder: str, dtype: str, tokenizer: Tokenizer, eval_fraction: float) -> None:
     """Splits each document of the one split that is not empty: its last tokens are held out."""
     streams = [_open_stream(folder, split, dtype) for split in _SPLITS]
     stream = max(streams, key=lambda stream: stream.num_targets)
-    ends = [*stream.starts[1:].tolist(), len(stream.tokens) - 1]
-    spans = list(zip(stream.starts.tolist(), ends, stream.extra_bytes.tolist(), strict=True))
     for split in _SPLITS:  # The open maps keep the old files' content.
         for name in ("tokens", "starts", "extra_bytes"):
             os.remove(os.path.join(folder, f"{split}.{name}"))
     train, heldout = (_Writer(folder, split, dtype, tokenizer.end_of_document) for split in _SPLITS)
+    ends = [*stream.starts[1:].tolist(), len(stream.tokens) - 1]
     try:
-        for start, end, extra_bytes in spans:
+        for start, end, extra_bytes in zip(stream.starts.tolist(), ends, stream.extra_bytes, strict=True):
             cut = end - max(1, round((end - start - 1) * eval_fraction))
+            at = np.zeros(1, np.int64)
             if cut > start + 1:
-                train.write(stream.tokens[start + 1 : cut], extra_bytes)
-            heldout.write(stream.tokens[max(cut, start + 1) : end], 0)
+                train.write(Stream(stream.tokens[start:cut], at, extra_bytes[None]))
+            tail = np.concatenate([stream.tokens[start : start + 1], stream.tokens[cut:end]])
+            heldout.write(Stream(tail, at, np.zeros(1, np.int32)))
     finally:
         train.close()
         heldout.close()

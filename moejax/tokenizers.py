@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -100,24 +100,33 @@ class FileTokenizer:
         self.byte_lengths[self.end_of_document] = 0
         names = _byte_level_names() if byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
         ids = [vocab.get(name) for name in names]
-        self._byte_ids = None if None in ids else np.array(ids, np.int64)
+        self._byte_ids = None if None in ids else np.array(ids, np.int32)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         # Each document becomes a list of texts (pieces, to be encoded) and arrays (ids of bytes that are not UTF-8).
         parts = [self._parts(document) for document in documents]
         texts = [part for document in parts for part in document if isinstance(part, str)]
-        encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        return [
-            np.concatenate([np.array(next(encoded).ids, np.int64) if isinstance(part, str) else part for part in doc])
-            for doc in parts
-        ]
+        encoded = self._encode_texts(texts)
+        return [np.concatenate([next(encoded) if isinstance(part, str) else part for part in doc]) for doc in parts]
+
+    def _encode_texts(self, texts: list[str]) -> Iterator[np.ndarray]:
+        # A few pieces at a time: what `tokenizers` returns takes some 50 bytes for each byte of text.
+        group: list[str] = []
+        held = 0
+        for i, text in enumerate(texts):
+            group.append(text)
+            held += len(text)
+            if i + 1 == len(texts) or held >= 4 * _PIECE_CHARS:
+                for encoding in self._tokenizer.encode_batch_fast(group, add_special_tokens=False):
+                    yield np.array(encoding.ids, np.int32)
+                group, held = [], 0
 
     def _parts(self, document: bytes) -> list[str | np.ndarray]:
         text = document.decode("utf-8", "surrogateescape")
         if self._byte_ids is None:
             text = _INVALID.sub("\ufffd", text)
-        parts: list[str | np.ndarray] = [np.zeros(0, np.int64)]
+        parts: list[str | np.ndarray] = [np.zeros(0, np.int32)]
         for i, run in enumerate(_INVALID.split(text)):
             if i % 2 and self._byte_ids is not None:
                 parts.append(self._byte_ids[np.frombuffer(run.encode("utf-8", "surrogateescape"), np.uint8)])
