@@ -76,13 +76,13 @@ class Checkpointer:
         if _inspect(self.root / str(step))[0] is not None:
             return
         manifest = {"step": step, "data": dict(data), "config": dict(config)}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if jax.tree.leaves(tree)}
+        items = {name: ocp.args.StandardSave(_boxed(tree)) for name, tree in trees.items() if jax.tree.leaves(tree)}
         self._pending = (step, manifest)
         try:
             if jax.process_index() == 0:
                 self._make_room(step)
             self._writer.save(self.root / str(step), args=ocp.args.Composite(**items))
-        except Exception as error:
+        except OSError as error:
             self._give_up(error)
 
     def wait(self) -> bool:
@@ -91,7 +91,7 @@ class Checkpointer:
             return True
         try:
             self._writer.wait_until_finished()
-        except Exception as error:
+        except Exception as error:  # tensorstore tells a full disk as a ValueError
             self._give_up(error)
             return False
         self._pending = None
@@ -170,11 +170,12 @@ def restore(directory: str | os.PathLike[str], targets: Mapping[str, PyTree] | N
     return None
 
 
-def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config stored in the newest whole checkpoint below `directory` (see `restore` for what that may be).
+def read_config(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The config in the newest whole checkpoint below `directory` (see `restore` for what that may be), None
+    where there is none.
 
     Raises:
-      UserError: there is no whole checkpoint.
+      UserError: there are checkpoints and none is whole.
     """
     faults = []
     for path in reversed(_candidates(Path(directory))):
@@ -182,7 +183,9 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
         if manifest is not None:
             return manifest["config"]
         faults.append(f"{path.name}: {fault}")
-    raise UserError(f"no whole checkpoint in {directory}{': ' if faults else ''}{'; '.join(faults)}; train first")
+    if faults:
+        raise UserError(f"no whole checkpoint in {directory}: {'; '.join(faults)}")
+    return None
 
 
 def _read(path: Path, targets: Mapping[str, PyTree] | None) -> dict[str, PyTree]:
@@ -191,9 +194,18 @@ def _read(path: Path, targets: Mapping[str, PyTree] | None) -> dict[str, PyTree]
             present = [name for name in ("params", "router_state") if (path / name).is_dir()]
             return {name: _read_numpy(path / name) for name in present}
         wanted = {name: tree for name, tree in targets.items() if jax.tree.leaves(tree)}
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
+        items = {name: ocp.args.StandardRestore(_boxed(tree)) for name, tree in wanted.items()}
         found = reader.restore(path, args=ocp.args.Composite(**items)) if items else {}
-        return {name: found[name] if name in wanted else tree for name, tree in targets.items()}
+        return {name: _unboxed(found[name], tree) if name in wanted else tree for name, tree in targets.items()}
+
+
+def _boxed(tree: PyTree) -> PyTree:
+    """orbax takes no bare array as a tree."""
+    return {"array": tree} if jax.tree_util.all_leaves([tree]) else tree
+
+
+def _unboxed(found: PyTree, target: PyTree) -> PyTree:
+    return found["array"] if jax.tree_util.all_leaves([target]) else found
 
 
 def _read_numpy(path: Path) -> PyTree:

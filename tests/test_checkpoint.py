@@ -108,14 +108,14 @@ def test_buffers_may_be_donated_once_save_returns(tmp_path):
     np.testing.assert_array_equal(checkpoint.restore(tmp_path).trees["params"]["x"], wanted)
 
 
-def test_empty_trees_and_no_checkpoint(tmp_path):
+def test_empty_trees_bare_arrays_and_no_checkpoint(tmp_path):
     assert checkpoint.restore(tmp_path) is None
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        checkpoint.read_config(tmp_path)
+    assert checkpoint.read_config(tmp_path) is None
     with checkpoint.Checkpointer(tmp_path) as saver:
-        saver.save(7, {"params": {"x": jnp.ones(2)}, "router_state": {}}, data=DATA, config=CONFIG)
-    found = checkpoint.restore(tmp_path, {"params": {"x": jax.ShapeDtypeStruct((2,), jnp.float32)}, "router_state": {}})
-    assert found.trees["router_state"] == {}
+        trees = {"params": {"x": jnp.ones(2)}, "router_state": {}, "load": jnp.arange(3), "nothing": None}
+        saver.save(7, trees, data=DATA, config=CONFIG)
+    found = checkpoint.restore(tmp_path, abstract(trees))
+    assert_equal(found.trees, trees)
 
 
 def data_files(path):
@@ -156,6 +156,10 @@ def test_all_damaged_is_one_clear_line(written, tmp_path):
     with pytest.raises(UserError, match="no whole checkpoint in") as error:
         checkpoint.restore(tmp_path / "run", abstract(state(0)))
     assert "\n" not in str(error.value)
+    for step in (2, 3, 4):
+        (tmp_path / "run" / "checkpoints" / str(step) / checkpoint.MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="can't be read"):
+        checkpoint.read_config(tmp_path / "run")
 
 
 def test_another_models_checkpoint_names_the_parameter(written):
