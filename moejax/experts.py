@@ -41,8 +41,7 @@ def gated_ffn(
     rows' dtype. metadata: `group_metadata(group_sizes, R)`, shared by the six products of forward and backward.
     implementation: of `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products.
     """
-    if activation not in ACTIVATIONS:
-        raise UserError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    _check(rows, gate, up, down, group_sizes, activation)
     with jax.named_scope("experts"):
         metadata = metadata or group_metadata(group_sizes, rows.shape[0])
         if rows.shape[0] and (implementation or pick(rows, gate)) == "blocks":
@@ -52,6 +51,21 @@ def gated_ffn(
         )
         hidden = _gated(activation, product(rows, gate), product(rows, up))
         return product(hidden, down)
+
+
+def _check(rows, gate, up, down, group_sizes, activation) -> None:
+    if activation not in ACTIVATIONS:
+        raise UserError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    E, D, F = gate.shape
+    shapes = [a.shape for a in (rows, gate, up, down, group_sizes)]
+    if shapes != [(rows.shape[0], D), (E, D, F), (E, D, F), (E, F, D), (E,)]:
+        raise UserError(
+            "gated_ffn: rows, gate, up, down, group_sizes must be (R, D), (E, D, F), (E, D, F), (E, F, D), (E,); "
+            f"got {', '.join(map(str, shapes))}"
+        )
+    if len({a.dtype for a in (rows, gate, up, down)}) > 1:
+        dtypes = ", ".join(str(a.dtype) for a in (rows, gate, up, down))
+        raise UserError(f"gated_ffn: rows, gate, up and down must have one dtype; got {dtypes}: cast the weights")
 
 
 def _gated(activation: str, gate: Array, up: Array) -> Array:
