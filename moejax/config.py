@@ -19,6 +19,7 @@ from moejax.schema import to_config_dict, to_dict
 __all__ = [
     "Ablation", "Config", "DataConfig", "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig", "TrainConfig",
     "ablation_from_config_dict", "diff", "from_config_dict", "settle", "to_config_dict", "to_dict",
+    "with_experts_per_token",
 ]  # fmt: skip
 
 
@@ -212,3 +213,24 @@ def settle(config: Config, stored: Config | None = None) -> Config:
         return config
     horizon = config.train.steps if stored is None else stored.optimizer.decay_steps
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decay_steps=horizon))
+
+
+def with_experts_per_token(config: Config, experts_per_token: int | None) -> Config:
+    """The config evaluated with another number of experts per token than it was trained with; None changes nothing.
+
+    Raises:
+      UserError: a dense model; a number out of range; expert choice, where experts choose and K is only the capacity.
+    """
+    from moejax.config_checks import check
+
+    if experts_per_token is None:
+        return config
+    moe = config.model.moe
+    if moe is None:
+        raise UserError("experts_per_token was given for a dense model: leave it out")
+    if moe.router.endswith(":expert_choice"):
+        raise UserError("experts_per_token has no meaning in expert choice, where experts choose tokens: leave it out")
+    moe = dataclasses.replace(moe, experts_per_token=experts_per_token)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    check(config)
+    return config

@@ -12,6 +12,7 @@ from moejax import dotted, schema
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moejax.data import DataConfig
 from moejax.errors import UserError
+from moejax.models.lm import layer_plan
 
 
 def check(config: Config) -> None:
@@ -46,7 +47,8 @@ def check_model(model: ModelConfig) -> None:
         raise UserError(
             f"config.model.first_dense_layers={model.first_dense_layers} must lie in 0 … num_layers={model.num_layers}"
         )
-    _above_zero("model", model, "rope_theta", "norm_eps")
+    _above_zero("model", model, "rope_theta", "norm_eps", "init_scale")
+    layer_plan(model)
 
 
 def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
@@ -82,10 +84,10 @@ def _check_router(moe: MoEConfig, router: Callable[..., Any]) -> None:
         needed = parameters[name].default is inspect.Parameter.empty
         if needed and parameters[name].kind is not inspect.Parameter.VAR_KEYWORD and name not in moe.router_options:
             raise UserError(f"router {moe.router} needs the option config.model.moe.router_options.{name}")
-    groups = moe.router_options.get("num_groups")
+    groups = moe.router_options.get("groups")
     if isinstance(groups, int) and (groups < 1 or moe.num_experts % groups):
         raise UserError(
-            f"config.model.moe.num_experts={moe.num_experts} is no multiple of router_options.num_groups={groups}"
+            f"config.model.moe.num_experts={moe.num_experts} is no multiple of router_options.groups={groups}"
         )
     if moe.load_weight and "noise_logits" not in parameters:
         raise UserError(
@@ -116,11 +118,6 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
     _at_least(1, "optimizer", optimizer, "decay_steps")
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise UserError(f"config.optimizer.betas={optimizer.betas} must both lie in [0, 1)")
-    if optimizer.decay_steps is not None and optimizer.warmup_steps > optimizer.decay_steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps={optimizer.warmup_steps} is more than decay_steps={optimizer.decay_steps}, "
-            "the horizon that includes it"
-        )
 
 
 def _check_train(train: TrainConfig) -> None:

@@ -36,19 +36,22 @@ def to_config_dict(config: Any) -> config_dict.ConfigDict:
     return result
 
 
-def unknown_field(path: str, siblings: Iterable[str], root: Any) -> UserError:
-    """The error for a field that doesn't exist: names the nearest of its siblings, or its namesake elsewhere."""
+def unknown_field(path: str, siblings: Iterable[str], root: Any, below: str = "") -> UserError:
+    """The error for a field that doesn't exist: names the nearest of its siblings, or its namesake elsewhere.
+
+    below: what was asked for inside it, ".steps" of "trian.steps".
+    """
     parent, _, name = path.rpartition(".")
     options = list(siblings)
     namesakes = [other for other in _paths(root) if other.rpartition(".")[2] == name]
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if near:
-        hint = f"the nearest is config.{parent + '.' if parent else ''}{near[0]}"
+        hint = f"the nearest is config.{parent + '.' if parent else ''}{near[0]}{below}"
     elif namesakes:
         hint = f"there is config.{namesakes[0]}"
     else:
-        hint = f"config{'.' + parent if parent else ''} has: {', '.join(options)}"
-    return UserError(f"config.{path} does not exist; {hint}")
+        hint = f"config{'.' + parent if parent else ''} has: {', '.join(options) or 'no fields'}"
+    return UserError(f"config.{path}{below} does not exist; {hint}")
 
 
 def field_type(root: Any, path: str) -> Any:
@@ -68,7 +71,8 @@ def field_type(root: Any, path: str) -> Any:
         walked.append(name)
         hints = _hints(hint)
         if name not in hints:
-            raise unknown_field(".".join(walked), hints, root)
+            known = ".".join(walked)
+            raise unknown_field(known, hints, root, path[len(known) :])
         hint = hints[name]
     return hint
 

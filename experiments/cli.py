@@ -1,0 +1,186 @@
+"""What the entry points share: flags, help, and one line for a user's mistake.
+
+  _CONFIG = cli.config_flag()
+  def main() -> None: ...
+  if __name__ == "__main__":
+      cli.run(main)
+
+A script's docstring is its help and shows an example that works. A `UserError`, a misspelt or mistyped flag and a
+config file that isn't there end the script with one line, `error: …`, and status 2; Ctrl-C quietly with 130. Any other
+exception is a bug and keeps its traceback.
+"""
+
+import ast
+import logging
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tqdm
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from moejax import schema
+from moejax.config import Config
+from moejax.errors import UserError
+
+flags.disclaim_key_flags()  # the flags defined here belong to the script that asks for them
+ABLATION_FIELDS = ("arms", "seeds", "classes")
+
+
+def config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder[ConfigDict]:
+    """--config=FILE.py and its overrides, --config.train.steps=200; None is a value too: --config.model.moe=None."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "A file with get_config(); --config.FIELD=VALUE changes a field of it.", flag_values
+    )
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Parses the flags and runs `main`; never returns to a caller who would go on after an error."""
+    sys.unraisablehook = _unraisable(sys.unraisablehook)
+    _show_warnings()
+    try:
+        if {"--help", "-help", "-h", "--helpshort", "-helpshort"} & set(sys.argv[1:]):
+            print((sys.modules["__main__"].__doc__ or "").strip(), flags.FLAGS.main_module_help(), sep="\n\nFlags:")
+            sys.exit(0)
+        app.run(lambda _: main(), flags_parser=parse)
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Parses the command line into `flag_values`.
+
+    Raises:
+      UserError: whatever is wrong with it.
+    """
+    for path, value in overrides(argv):
+        check_override(path, value)
+    try:
+        rest = flag_values(list(argv), known_only=False)
+        if "config" in flag_values and flag_values["config"].value is not None:
+            hasattr(flag_values["config"].value, "model")  # a file that couldn't be opened raises only now
+    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_explain(error, argv)) from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} belongs to no flag; write --flag=value (see --help)")
+    return rest
+
+
+def overrides(argv: Sequence[str]) -> list[tuple[str, str | None]]:
+    """(dotted path, value) of every --config.path=value or --config.path value; the value of a bare flag is None."""
+    found: list[tuple[str, str | None]] = []
+    for i, argument in enumerate(argv):
+        if argument == "--":
+            break
+        match = re.match(r"--?(no)?config\.([^=]*)(?:=(.*))?$", argument, re.DOTALL)
+        if match:
+            following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else None
+            found.append((match[2], match[3] if match[3] is not None else following))
+    return found
+
+
+def check_override(path: str, value: str | None) -> None:
+    """Raises UserError for a field that doesn't exist (naming the nearest) or a value of another type."""
+    if path.split(".")[0] in ABLATION_FIELDS:
+        return
+    hint = schema.field_type(Config, path)
+    inner = schema.without_none(hint)
+    if value is None or inner is Any or (value in ("None", "none") and inner is not hint):
+        return
+    if inner is bool:
+        given: Any = {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
+    elif inner in (int, float):
+        try:
+            given = inner(value)
+        except ValueError:
+            given = value
+    elif inner is str or typing.get_origin(inner) is typing.Literal:
+        given = value
+    else:
+        try:
+            given = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            given = value
+        if typing.get_origin(inner) is tuple and not isinstance(given, tuple | list):
+            return  # one item of a tuple: --config.train.profile_steps=3 --config.train.profile_steps=4
+    schema.parse_value(hint, given, path, Config)
+
+
+def _explain(error: Exception, argv: Sequence[str]) -> str:
+    """An error of absl or config_flags in one line that says what to do."""
+    text = str(error)
+    given = dict(overrides(argv))
+    if "Configuration is not available" in text or "Failed loading config file" in text:
+        files = [a.split("=", 1)[-1] for a in argv if re.match(r"--?config=", a)] or ["--config"]
+        return f"config file {files[0]} can't be opened; give one of experiments/configs/*.py or your own"
+    if any(path.startswith("model.moe.") for path in given) and ("None" in text or "NoneType" in text):
+        return (
+            "config.model.moe is None (a dense model), so its fields can't be set; start from a sparse config such as "
+            "--config=experiments/configs/fine_grained.py"
+        )
+    for path, value in given.items():
+        if ".router_options." in path:
+            name = path.rpartition(".")[2]
+            return f"set options of the router together: --config.model.moe.router_options=\"{{'{name}': {value}}}\""
+    if given and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+        return f"--config.{next(iter(given))} is given without --config=FILE.py before it"
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1 if "Traceback" in text else 0].strip() if lines else type(error).__name__
+
+
+class _OrNone(flags.ArgumentParser):
+    """A parser that takes None too: which fields may be None is the schema's to say."""
+
+    def __init__(self, parser: flags.ArgumentParser):
+        self._parser = parser
+        self.syntactic_help = parser.syntactic_help
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument in ("None", "none") else self._parser.parse(argument)
+
+    def flag_type(self) -> str:
+        return f"{self._parser.flag_type()} or None"
+
+
+class _DictParser(flags.ArgumentParser):
+    def parse(self, argument: Any) -> ConfigDict:
+        return argument if isinstance(argument, ConfigDict) else ConfigDict(ast.literal_eval(argument))
+
+    def flag_type(self) -> str:
+        return "dict"
+
+
+_PARSERS: dict[type, flags.ArgumentParser] = {
+    int: flags.IntegerParser(), float: flags.FloatParser(), str: flags.ArgumentParser(), ConfigDict: _DictParser()
+}  # fmt: skip
+for _type, _parser in _PARSERS.items():
+    config_flags.register_flag_parser_for_type(_type, _OrNone(_parser))
+
+
+def _unraisable(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keeps quiet about the callbacks that a failed write of a checkpoint leaves behind: it is told in one line."""
+
+    def filtered(event: Any) -> None:
+        if "Event loop is closed" not in str(event.exc_value):
+            hook(event)
+
+    return filtered
+
+
+class _Lines(logging.Handler):
+    """`warning: …`, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+def _show_warnings() -> None:
+    logger = logging.getLogger("moejax")
+    logger.addHandler(_Lines(logging.WARNING))
+    logger.propagate = False

@@ -1,0 +1,309 @@
+"""Configs: round trips, what is refused and in which words, what counts as a change, and the command line."""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from absl import flags
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experiments import cli
+from moejax import config as configs
+from moejax import schema
+from moejax.config import Config, MoEConfig, ablation_from_config_dict, diff, from_config_dict, settle
+from moejax.errors import UserError
+
+SMALL = ["dense", "hash", "switch", "gshard", "fine_grained", "fine_grained_aux_free", "expert_choice"]
+ABLATIONS = ["switch_vs_fine_grained", "deepseekmoe_validation"]
+
+
+def load(name: str):
+    values = importlib.import_module(f"experiments.configs.{name}").get_config()
+    values.lock()
+    return values
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_small_configs_are_valid_and_go_through_json(name):
+    config = from_config_dict(load(name))
+    assert from_config_dict(json.loads(json.dumps(configs.to_dict(config)))) == config
+    assert from_config_dict(configs.to_config_dict(config)) == config
+    assert (config.model.moe is None) == (name == "dense")
+
+
+def test_defaults_alone_are_a_config():
+    assert from_config_dict({}) == Config()
+
+
+def test_expert_widths_follow_the_ffn_width():
+    values = load("fine_grained")
+    values.model.ffn_width = 256
+    assert from_config_dict(values).model.moe.expert_width == 64
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_apply_a_change_of_the_base_to_every_arm(name):
+    values = load(f"ablations.{name}")
+    values.train.steps, values.model.ffn_width, values.seeds = 7, 128, (5,)
+    ablation = ablation_from_config_dict(values)
+    assert ablation.seeds == (5,)
+    assert "dense" in ablation.arms and ablation.arms["dense"].model.moe is None
+    for arm in ablation.arms.values():
+        assert (arm.train.steps, arm.model.ffn_width) == (7, 128)
+        assert arm.model.moe is None or arm.model.moe.expert_width in (32, 64, 128)
+
+
+def test_an_ablations_mistakes():
+    good = {"seeds": [0], "arms": {"a": {"train": {"steps": 3}}}}
+    assert ablation_from_config_dict(good).arms["a"].train.steps == 3
+    for change, words in (
+        ({"arms": {"a": {"train": {"step": 3}}}}, "arm 'a': config.train.step does not exist"),
+        ({"seeds": []}, "config.seeds is missing or empty"),
+        ({"seeds": ["x"]}, "config.seeds='x': it needs an int"),
+        ({"classes": {"one": ["b"]}}, "config.classes must hold every arm once"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ablation_from_config_dict({**good, **change})
+    with pytest.raises(UserError, match=r"run it with experiments/ablate\.py"):
+        from_config_dict(good)
+
+
+MOE = {"num_experts": 8, "experts_per_token": 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"trian": {"steps": 5}}, "config.trian does not exist; the nearest is config.train"),
+        ({"train": {"step": 5}}, "config.train.step does not exist; the nearest is config.train.steps"),
+        ({"steps": 5}, "config.steps does not exist; there is config.train.steps"),
+        ({"model": {"moe": {"routr": "x"}}}, "the nearest is config.model.moe.router"),
+        ({"train": {"steps": "abc"}}, "config.train.steps='abc': it needs an int"),
+        ({"train": {"steps": 2.0}}, "config.train.steps=2.0: it needs an int"),
+        ({"train": {"steps": True}}, "config.train.steps=True: it needs an int"),
+        ({"train": {"steps": None}}, "config.train.steps=None: it needs an int"),
+        ({"train": 3}, "config.train=3: it needs a dict with the fields steps"),
+        ({"optimizer": {"learning_rate": "1e-3"}}, "it needs a float"),
+        ({"optimizer": {"betas": [0.9]}}, "config.optimizer.betas=[0.9]: it needs 2 floats"),
+        ({"optimizer": {"clip_norm": "x"}}, "config.optimizer.clip_norm='x': it needs a float or None"),
+        ({"optimizer": {"name": "adam"}}, "it needs one of: adamw, adafactor, muon"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "config.optimizer.learning_rate=nan must be finite"),
+        ({"optimizer": {"learning_rate": 0}}, "must be finite and more than 0"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, r"must both lie in [0, 1)"),
+        ({"train": {"steps": -1}}, "config.train.steps=-1 must be at least 1"),
+        ({"train": {"profile_steps": [3]}}, "must be (first, last)"),
+        ({"train": {"accumulation_steps": 3}, "data": {"batch_size": 8}}, "is no multiple of"),
+        ({"data": {"eval_fraction": 1.5}}, "config.data.eval_fraction=1.5 must be at least 0 and less than 1"),
+        ({"mesh": {"data": -1, "expert": -1}}, "only one axis may be -1"),
+        ({"mesh": {"data": 0}}, "config.mesh.data=0 must be at least 1, or -1"),
+        ({"model": {"num_heads": 4, "num_kv_heads": 3}}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ({"model": {"width": 130}}, "width=130 is no multiple of num_heads=4"),
+        ({"model": {"width": 12}}, "head_dim=3 is odd"),
+        ({"model": {"first_dense_layers": 9}}, "first_dense_layers=9 must lie in 0 … num_layers=4"),
+        ({"model": {"moe": MOE, "moe_every": 3}}, "must be a positive multiple of moe_every=3"),
+        ({"model": {"moe": {**MOE, "experts_per_token": 9}}}, "experts_per_token=9 is more than num_experts=8"),
+        ({"model": {"moe": {**MOE, "experts_per_token": 0}}}, "must be at least 1"),
+        ({"model": {"moe": {**MOE, "capacity_factor": 0.0}}}, "config.model.moe.capacity_factor=0.0 must be"),
+        ({"model": {"moe": {**MOE, "eval_capacity_factor": -1}}}, "config.model.moe.eval_capacity_factor=-1.0 must"),
+        ({"model": {"moe": MOE}, "mesh": {"expert": 3}}, "num_experts=8 can't be shared evenly by mesh.expert=3"),
+        ({"model": {"moe": {**MOE, "router": "moejax.routing:swich"}}}, "did you mean 'switch'"),
+        ({"model": {"moe": {**MOE, "router": "no.such:router"}}}, "no.such"),
+        ({"model": {"moe": {**MOE, "router_options": {"renormalise": True}}}}, "router_options.renormalize"),
+        ({"model": {"moe": {**MOE, "load_weight": 0.1}}}, "the load loss needs a noisy router"),
+        ({"model": {"moe": {**MOE, "bias_update_rate": 0.1}}}, "needs a router with a selection bias"),
+        (
+            {"model": {"moe": {**MOE, "router": "moejax.routing:group_limited_sigmoid", "router_options":
+                               {"groups": 3, "groups_kept": 1}}}},
+            "num_experts=8 is no multiple of router_options.groups=3",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_one_line_that_says_so(values, words):
+    with pytest.raises(UserError) as error:
+        from_config_dict(values)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@settings(deadline=None, max_examples=25)
+@given(name=st.sampled_from([path for path, _ in schema.leaves(configs.to_dict(Config()))]), data=st.data())
+def test_any_misspelt_field_is_named_with_its_true_name(name, data):
+    parent, _, field = name.rpartition(".")
+    at = data.draw(st.integers(0, len(field) - 1))
+    wrong = field[:at] + field[at] + field[at:]  # a doubled letter
+    values: dict = {wrong: 1}
+    for part in reversed(parent.split(".") if parent else []):
+        values = {part: values}
+    with pytest.raises(UserError, match=f"nearest is config.{name}$"):
+        from_config_dict(values)
+
+
+def test_more_steps_another_mesh_and_other_intervals_are_no_change():
+    stored = settle(from_config_dict(load("fine_grained")))
+    model = dataclasses.replace(stored.model, vocab_size=257)
+    stored = dataclasses.replace(stored, model=model)
+    new = load("fine_grained")
+    new.train.update(steps=999, log_every=3, eval_every=5, checkpoint_every=6, keep_checkpoints=9, eval_batches=2)
+    new.mesh.update(data=1, expert=3)
+    new.model.remat = "full"
+    assert diff(stored, from_config_dict(new)) == []
+
+
+def test_changes_are_listed_with_both_values():
+    stored = settle(from_config_dict(load("fine_grained")))
+    new = load("fine_grained")
+    new.optimizer.learning_rate = 0.5
+    new.model.moe.experts_per_token = 4
+    new.model.moe.router_options = {"renormalize": False}
+    new.optimizer.decay_steps = 77
+    assert diff(stored, from_config_dict(new)) == [
+        "model.moe.experts_per_token: 3 -> 4",
+        "model.moe.router_options.renormalize: None -> False",
+        "optimizer.decay_steps: 200 -> 77",
+        "optimizer.learning_rate: 0.002 -> 0.5",
+    ]
+    new.model.moe = None
+    changed = diff(stored, from_config_dict(new))
+    assert "model.moe.num_experts: 63 -> None" in changed
+
+
+def test_the_horizon_is_the_first_runs():
+    first = settle(from_config_dict({"train": {"steps": 100}}))
+    assert first.optimizer.decay_steps == 100
+    longer = from_config_dict({"train": {"steps": 300}})
+    assert settle(longer, first).optimizer.decay_steps == 100
+    assert diff(first, settle(longer, first)) == []
+
+
+def test_other_experts_per_token_at_evaluation():
+    config = from_config_dict({"model": {"moe": MOE}})
+    assert configs.with_experts_per_token(config, 4).model.moe.experts_per_token == 4
+    choice = from_config_dict({"model": {"moe": {**MOE, "router": "moejax.routing:expert_choice"}}})
+    for refused, number, words in (
+        (config, 9, "more than num_experts"),
+        (choice, 1, "experts choose tokens"),
+        (Config(), 1, "for a dense model"),
+    ):
+        with pytest.raises(UserError, match=words):
+            configs.with_experts_per_token(refused, number)
+
+
+def test_configs_hash_although_options_are_a_dict():
+    assert hash(MoEConfig(router_options={"a": 1})) == hash(MoEConfig(router_options={"a": 1}))
+
+
+SWITCH, DENSE = "experiments/configs/switch.py", "experiments/configs/dense.py"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def parse(monkeypatch, *arguments: str):
+    monkeypatch.chdir(ROOT)
+    argv = ["script", *arguments]
+    monkeypatch.setattr(sys, "argv", argv)
+    values = flags.FlagValues()
+    holder = cli.config_flag(values)
+    cli.parse(argv, values)
+    return from_config_dict(holder.value)
+
+
+# ml_collections loads config files by an importlib function that Python 3.15 will drop (ml_collections 1.1, 2026-11).
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+class TestCommandLine:
+    def test_overrides(self, monkeypatch):
+        config = parse(
+            monkeypatch, f"--config={SWITCH}", "--config.train.steps", "7", "--config.model.moe.capacity_factor=None",
+            "--config.optimizer.betas=(0.8, 0.9)", "--noconfig.model.qk_norm", "--config.data.cache_dir=x",
+            "--config.model.moe.router_options={}", "--config.optimizer.learning_rate=1",
+        )  # fmt: skip
+        assert (config.train.steps, config.model.moe.capacity_factor, config.model.qk_norm) == (7, None, False)
+        assert (config.optimizer.betas, config.data.cache_dir) == ((0.8, 0.9), "x")
+        assert config.optimizer.learning_rate == 1.0
+
+    def test_dense_to_sparse_and_back(self, monkeypatch):
+        assert parse(monkeypatch, f"--config={SWITCH}", "--config.model.moe=None").model.moe is None
+        sparse = parse(monkeypatch, f"--config={DENSE}", "--config.model.moe={'num_experts': 4}")
+        assert sparse.model.moe == MoEConfig(num_experts=4)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--config.trian.steps=5"], "config.trian.steps does not exist; the nearest is config.train.steps"),
+            (["--config.train.setps", "5"], "the nearest is config.train.steps"),
+            (["--config.train.steps=abc"], "config.train.steps='abc': it needs an int"),
+            (["--config.train.steps=None"], "it needs an int"),
+            (["--config.model.qk_norm=maybe"], "config.model.qk_norm='maybe': it needs a bool"),
+            (["--config.optimizer.name=adam"], "it needs one of: adamw, adafactor, muon"),
+            (["--config.train.steps"], "--config.train.steps"),
+            (["--config.model.moe.router_options.scale=2"], "--config.model.moe.router_options=\"{'scale': 2}\""),
+            (["--config.train.steps.x=2"], "config.train.steps has no fields"),
+            (["--wokdir=x"], "wokdir"),
+            (["stray"], "'stray' belongs to no flag"),
+        ],
+    )
+    def test_mistakes(self, monkeypatch, arguments, words):
+        with pytest.raises(UserError) as error:
+            parse(monkeypatch, f"--config={SWITCH}", *arguments)
+        assert words in str(error.value)
+
+    def test_mistakes_about_the_file(self, monkeypatch):
+        with pytest.raises(UserError, match=r"config file nope\.py can't be opened"):
+            parse(monkeypatch, "--config=nope.py")
+        with pytest.raises(UserError, match=r"given without --config=FILE\.py"):
+            parse(monkeypatch, "--config.train.steps=3")
+        with pytest.raises(UserError, match=r"config\.model\.moe is None \(a dense model\)"):
+            parse(monkeypatch, f"--config={DENSE}", "--config.model.moe.num_experts=4")
+
+
+SCRIPT = textwrap.dedent('''
+    """Says hello.
+
+    python hello.py --config=experiments/configs/switch.py --config.train.steps=5
+    """
+    import signal, sys
+    from experiments import cli
+    from moejax.errors import UserError
+    CONFIG = cli.config_flag()
+    def main():
+        steps = CONFIG.value.train.steps
+        print("ready", flush=True)
+        if steps == 1:
+            raise UserError("two\\nlines")
+        if steps == 2:
+            signal.pause()
+    if __name__ == "__main__":
+        cli.run(main)
+''')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "out", "err"),
+    [
+        (["--config.train.steps=5"], 0, "ready\n", ""),
+        (["--config.train.steps=1"], 2, "ready\n", "error: two lines\n"),
+        (["--config.trian.steps=1"], 2, "",
+         "error: config.trian.steps does not exist; the nearest is config.train.steps\n"),
+        (["--config.train.steps=2"], 130, "ready\n", ""),
+        (["--help"], 0, "--config.train.steps=5", ""),
+    ],
+)  # fmt: skip
+def test_a_script_ends_with_one_line_and_a_status(tmp_path, arguments, status, out, err):
+    path = tmp_path / "hello.py"
+    path.write_text(SCRIPT)
+    command = [sys.executable, str(path), f"--config={SWITCH}", *arguments]
+    environment = {**os.environ, "PYTHONPATH": ROOT}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
+        first = ""
+        if status == 130:
+            first = process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+        rest, said = process.communicate(timeout=60)
+    assert process.returncode == status, said
+    assert out in first + rest
+    assert said == err
