@@ -137,7 +137,8 @@ class Attention(nn.Module):
         width = x.shape[-1]
 
         def project(name, heads, axis):
-            init = nn.with_logical_partitioning(layers.fan_in_init(0, (1, 2), self.init_scale), ("embed", axis, "head_dim"))
+            init = layers.fan_in_init(0, (1, 2), self.init_scale)
+            init = nn.with_logical_partitioning(init, ("embed", axis, "head_dim"))
             kernel = self.param(name, init, (width, heads, self.head_dim), jnp.float32)
             return jnp.einsum("bld,dhk->blhk", x, kernel.astype(self.dtype))
 
@@ -153,7 +154,8 @@ class Attention(nn.Module):
             out = self._cached(q, k, v, positions, cache_length)
         else:
             out = attend(q, k, v, segment_ids, implementation=self.implementation)
-        init = nn.with_logical_partitioning(layers.fan_in_init((0, 1), 2, self.init_scale), ("heads", "head_dim", "embed"))
+        init = layers.fan_in_init((0, 1), 2, self.init_scale)
+        init = nn.with_logical_partitioning(init, ("heads", "head_dim", "embed"))
         kernel = self.param("out", init, (self.num_heads, self.head_dim, width), jnp.float32)
         out = jnp.einsum("blhk,hkd->bld", out, kernel.astype(self.dtype))
         return sharding.constrain(out, "batch", "length", "activation")

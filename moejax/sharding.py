@@ -40,7 +40,7 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Sequence[jax.Device]
     `devices` takes the first ones. Raises UserError for a mesh that the devices can't form.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: 1 for axis in AXES} | (sizes if sizes is not None else {"data": -1})
+    sizes = dict.fromkeys(AXES, 1) | (sizes if sizes is not None else {"data": -1})
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):

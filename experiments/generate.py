@@ -1,0 +1,77 @@
+"""Continues a prompt with a trained model.
+
+  python experiments/generate.py --workdir=runs/x --prompt="def " --max_new_tokens=64 --temperature=0.8 --seed=1
+
+--workdir may also be a copy that holds the checkpoint alone. Nothing is dropped at any capacity factor here.
+"""
+
+import sys
+
+from absl import flags
+
+from experiments import cli
+from moejax import checkpoint, routing, tokenizers
+from moejax import config as configs
+from moejax.errors import UserError
+from moejax.generate import generate
+from moejax.models.lm import LM
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run, or a copy of its checkpoint.", required=True)
+PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty: the beginning of a document.")
+NEW = flags.DEFINE_integer("max_new_tokens", 64, "Stop after this many tokens, or at the end of the document.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that hold this share of the probability.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+
+
+def main() -> None:
+    found = checkpoint.restore(WORKDIR.value)
+    if found is None:
+        raise UserError(f"--workdir={WORKDIR.value}: there is no checkpoint; train first with experiments/train.py")
+    config = configs.from_config_dict(found.config)
+    tokenizer = tokenizers.load(config.data.tokenizer)
+    if config.model.moe is not None and routing.resolve(config.model.moe.router) is routing.expert_choice:
+        print(
+            "expert choice looks at the whole sequence: here each token takes its top "
+            f"{config.model.moe.experts_per_token} experts by score instead",
+            file=sys.stderr,
+        )
+    stream = Stream(tokenizer)
+    print(PROMPT.value, end="", flush=True)
+    generate(
+        LM(config.model),
+        found.trees,
+        [[tokenizer.end_of_document, *tokenizer.encode(PROMPT.value)]],
+        NEW.value,
+        temperature=TEMPERATURE.value,
+        top_p=TOP_P.value,
+        seed=SEED.value,
+        eos_id=tokenizer.end_of_document,
+        on_token=lambda tokens: stream(int(tokens[0])),
+    )
+    stream.close()
+
+
+class Stream:
+    """Prints tokens as text as they come, holding back bytes that don't yet make a character."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.tokens, self.shown = tokenizer, [], ""
+
+    def __call__(self, token: int) -> None:
+        if token != self.tokenizer.end_of_document:
+            self.tokens.append(token)
+            self._show(self.tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def close(self) -> None:
+        self._show(self.tokenizer.decode(self.tokens))
+        print()
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self.shown):
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+
+if __name__ == "__main__":
+    cli.run(main)

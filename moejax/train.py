@@ -1,0 +1,226 @@
+"""The training loop: reads top to bottom."""
+
+import dataclasses
+import functools
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import accounting, checkpoint, data, evaluate, metrics, optimizer, routing_stats, sharding
+from moejax import config as configs
+from moejax.config import Config
+from moejax.errors import UserError
+from moejax.models.lm import LM
+from moejax.train_step import TrainState, compiled_step, create, state_shardings, to_devices
+
+_log = logging.getLogger(__name__)
+TREES = ("params", "router_state", "opt_state", "load")
+DEAD_LINES = 3  # an expert without a token for this many logged lines is worth a warning
+
+
+def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, progress: bool = True) -> dict[str, Any]:
+    """Trains until config.train.steps, continuing what `workdir` holds. Returns the last evaluation and metrics.
+
+    `stop_at` ends this call early, after that step and its checkpoint; a later call continues bit for bit. The result
+    holds step, loss, bits_per_byte, max_violation and the other values of `evaluate`, and tokens_per_second.
+
+    Raises UserError: the workdir is another config's (the fields are named), the text changed since, the batch does
+    not divide over the mesh, or the loss is no longer finite (the last good checkpoint stays).
+    """
+    workdir = Path(workdir)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    stored = metrics.read_config(workdir)
+    config = configs.settle(config, stored)
+    corpus = data.prepare(config.data, progress=progress)
+    config = with_vocabulary(config, corpus.vocab_size)
+    check_resumable(stored, config, workdir)
+    check_batch(config, mesh)
+
+    model = LM(config.model)
+    tx = optimizer.make(config.optimizer)
+    shardings = state_shardings(model, tx, mesh)
+    state = restore(workdir, model, tx, shardings, corpus.content_hash)
+    if state is None:
+        state = create(model, tx, mesh, config.seed)
+        if config.train.init_from:
+            state = start_from(state, config.train.init_from, shardings)
+    start, end = int(state.step), min(config.train.steps, stop_at or config.train.steps)
+
+    writer = metrics.Writer(workdir, config, total_steps=config.train.steps, progress=progress)
+    saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints)
+    with jax.set_mesh(mesh), writer, saver:
+        writer.cut_after(start)
+        writer.say(f"data: {corpus.description}")
+        writer.say(f"model: {accounting.describe(config.model, config.data.sequence_length)}; mesh {dict(mesh.shape)}")
+        placement = sharding.batch_sharding(mesh)
+        batches = data.train_iterator(corpus, config.data, config.seed, start_step=start)
+        evaluation = functools.partial(_evaluate, model, corpus, config, mesh)
+        step_fn, last, ended = None, None, {}
+        clock, since = time.perf_counter(), start
+        dead = DeadExperts(writer, start)
+        for step in range(start + 1, end + 1):
+            batch = to_devices(next(batches), placement)
+            if step_fn is None:
+                step_fn = compiled_step(model, tx, config, shardings).lower(state, batch).compile()
+                writer.say(f"compiled in {time.perf_counter() - clock:.1f} s")
+                clock = time.perf_counter()
+            writer.profile(step)
+            state, current = step_fn(state, batch)
+            # One step behind, so that the device is never kept waiting for the host.
+            check_finite(step - 1, last, saver)
+            last = current
+            if is_due(step, config.train.log_every) or step == end:
+                check_finite(step, current, saver)
+                seconds, clock = time.perf_counter() - clock, time.perf_counter()
+                tokens = (step - since) * config.data.batch_size * config.data.sequence_length
+                line = to_line(step, current, tokens / seconds)
+                ended = {"tokens_per_second": line["tokens_per_second"]}
+                writer.line(line, dead(step, current))
+                state = reset_load(state)
+                since = step
+            evaluate_now = step == config.train.steps or is_due(step, config.train.eval_every)
+            save_now = step == end or is_due(step, config.train.checkpoint_every)
+            if evaluate_now or save_now:
+                pause = time.perf_counter()
+                if save_now:
+                    check_finite(step, current, saver)
+                    save(saver, state, config, corpus.content_hash)
+                if evaluate_now:
+                    ended |= evaluation(state)
+                    writer.evaluation(step, ended)
+                clock += time.perf_counter() - pause
+        if start >= end:  # nothing left to do: say where the finished run stands
+            ended = evaluation(state) | {"tokens_per_second": None}
+    return ended | {"step": int(state.step)}
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is done at this one."""
+    return every > 0 and step % every == 0
+
+
+def _evaluate(model, corpus, config: Config, mesh, state: TrainState) -> dict[str, Any]:
+    batches = data.eval_batches(corpus, config.data, max_batches=config.train.eval_batches)
+    return evaluate.evaluate(model, state.params, state.router_state, batches, mesh)
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """The config with the tokenizer's vocabulary where it names none; UserError where its own is too small."""
+    if config.model.vocab_size is None:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    if config.model.vocab_size < vocab_size:
+        raise UserError(f"model.vocab_size={config.model.vocab_size} and the tokenizer has {vocab_size} tokens: "
+                        f"give at least {vocab_size}, or None")  # fmt: skip
+    return config
+
+
+def check_resumable(stored: Config | None, config: Config, workdir: Path) -> None:
+    """UserError that lists the fields in which `config` is another experiment than the one in `workdir`."""
+    changed = [] if stored is None else configs.diff(stored, config)
+    if changed:
+        raise UserError(f"{workdir} holds a run of another config; changed: {'; '.join(changed)}. "
+                        "Give another --workdir, or train.init_from to start from its parameters")  # fmt: skip
+
+
+def check_batch(config: Config, mesh) -> None:
+    """UserError unless the batch splits evenly over devices and microbatches."""
+    shards = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"] or ())
+    parts = shards * config.train.accumulation_steps
+    if config.data.batch_size % parts:
+        raise UserError(
+            f"data.batch_size={config.data.batch_size} must be a multiple of {parts}: {shards} batch shards of the mesh "
+            f"× {config.train.accumulation_steps} microbatches"
+        )
+
+
+def restore(workdir: Path, model, tx, shardings: TrainState, content_hash: str) -> TrainState | None:
+    """The state of the newest whole checkpoint, on the mesh of `shardings`; None where there is none."""
+    from moejax.train_step import init
+
+    shapes = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
+    targets = {name: _like(getattr(shapes, name), getattr(shardings, name)) for name in TREES}
+    found = checkpoint.restore(workdir, targets)
+    if found is None:
+        return None
+    before = found.data["content_hash"]
+    if before != content_hash:
+        raise UserError(
+            f"{workdir}: the text has changed since step {found.step} (content {before[:12]}, now {content_hash[:12]}): "
+            "restore the files, or give another --workdir"
+        )
+    step = jax.device_put(jnp.asarray(found.step, jnp.int32), shardings.step)
+    return TrainState(step=step, **{name: found.trees[name] for name in TREES})
+
+
+def _like(shapes, shardings):
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
+
+
+def start_from(state: TrainState, directory: str, shardings: TrainState) -> TrainState:
+    """A new run's state with the parameters and router state of the run in `directory`."""
+    names = ("params", "router_state")
+    found = checkpoint.restore(directory, {n: _like(getattr(state, n), getattr(shardings, n)) for n in names})
+    if found is None:
+        raise UserError(f"train.init_from={directory}: there is no checkpoint")
+    return dataclasses.replace(state, **{name: found.trees[name] for name in names})
+
+
+def save(saver: checkpoint.Checkpointer, state: TrainState, config: Config, content_hash: str) -> None:
+    """Begins to save: parameters, router state, optimizer state, loads, and the position in the data."""
+    step = int(state.step)
+    trees = {name: getattr(state, name) for name in TREES}
+    saver.save(step, trees, data={"step": step, "content_hash": content_hash}, config=configs.to_dict(config))
+
+
+def check_finite(step: int, values: dict[str, jax.Array] | None, saver: checkpoint.Checkpointer) -> None:
+    """UserError if the step's loss or gradient is NaN or infinite. Waits for that step."""
+    if values is None or (math.isfinite(values["total_loss"]) and math.isfinite(values["grad_norm"])):
+        return
+    saver.wait()
+    raise UserError(
+        f"step {step}: the loss is {float(values['total_loss'])}, the gradient norm {float(values['grad_norm'])}: stopped; "
+        "the checkpoint before it is kept. Lower optimizer.learning_rate or clip_norm, or raise warmup_steps"
+    )
+
+
+def reset_load(state: TrainState) -> TrainState:
+    """The loads start anew after a logged line."""
+    return state if state.load is None else dataclasses.replace(state, load=jnp.zeros_like(state.load))
+
+
+def to_line(step: int, values: dict[str, jax.Array], tokens_per_second: float) -> dict[str, Any]:
+    """A line of metrics.jsonl from a step's metrics: plain numbers, None where a dense model has no such thing."""
+    values = {name: np.asarray(value).tolist() for name, value in values.items() if value is not None}
+    load = values.pop("load", None)
+    dead = None if load is None else int(np.sum(np.asarray(load) == 0))
+    return {"step": step} | {name: values.get(name) for name in metrics.FIELDS} | {
+        "tokens_per_second": tokens_per_second, "dead_experts": dead, "step": step
+    }  # fmt: skip
+
+
+class DeadExperts:
+    """Warns when experts had no token for DEAD_LINES logged lines together; then counts anew."""
+
+    def __init__(self, writer: metrics.Writer, start: int):
+        self.writer, self.lines, self.since = writer, 0, start
+        self.load: np.ndarray | None = None
+
+    def __call__(self, step: int, values: dict[str, jax.Array]) -> np.ndarray | None:
+        """Takes a logged step's metrics; returns its loads (MoE layers, E), None for a dense model."""
+        if "load" not in values:
+            return None
+        load = np.asarray(values["load"])
+        self.load = load if self.load is None else self.load + load
+        self.lines += 1
+        if self.lines == DEAD_LINES:
+            warning = routing_stats.dead_line(self.load, step - self.since)
+            if warning:
+                self.writer.say(f"step {step}: {warning}")
+            self.load, self.lines, self.since = None, 0, step
+        return load

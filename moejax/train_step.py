@@ -1,0 +1,237 @@
+"""One training step: loss, gradients over microbatches, optax, then the bias rule. Pure functions of arrays.
+
+Counts and statistics span all microbatches and all devices of a step, exactly as one batch would. The load-balance
+losses are taken per microbatch (over all devices) and averaged.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from moejax import balance, optimizer, routing_stats, sharding
+from moejax.config import Config, MoEConfig
+from moejax.models.lm import layer_plan
+
+# The weight of each loss that an MoE layer returns, as its field of MoEConfig.
+LOSS_WEIGHTS = {
+    "load_balance_loss": "load_balance_weight",
+    "sequence_balance_loss": "sequence_balance_weight",
+    "router_z_loss": "router_z_weight",
+    "importance_loss": "importance_weight",
+    "load_loss": "load_weight",
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step reads and writes.
+
+    step () i32: steps done. params: float32. router_state: selection biases, moved by rule. opt_state: optax's.
+    load: counts (MoE layers, E) i32 since the last logged line, for dead experts; None for a dense model.
+    """
+
+    step: jax.Array
+    params: Any
+    router_state: Any
+    opt_state: Any
+    load: jax.Array | None
+
+
+def init(model: nn.Module, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """The state before the first step."""
+    variables = nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32)))
+    router_state = variables.get("router_state", {})
+    moe = model.config.moe
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        router_state=router_state,
+        opt_state=tx.init(variables["params"]),
+        load=None if moe is None else jnp.zeros((layer_plan(model.config)[1], moe.num_experts), jnp.int32),
+    )
+
+
+def state_shardings(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A TrainState of NamedShardings: parameters by their logical axes, moments like their parameters."""
+    key = jax.random.key(0)
+    boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 8), jnp.int32)), key)
+    of_params = sharding.shardings(mesh, boxed["params"])
+    state = jax.eval_shape(functools.partial(init, model, tx), key)
+    shapes = jax.tree_util.tree_flatten_with_path(state.params)[0]
+    known = {
+        path: (leaf.shape, place) for (path, leaf), place in zip(shapes, jax.tree.leaves(of_params), strict=True)
+    }
+    everywhere = sharding.replicated(mesh)
+
+    def moments(path, leaf):
+        # A moment stands at some path of optax's that ends in its parameter's; factored ones have another shape.
+        for start in range(len(path)):
+            shape, place = known.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return place
+        return everywhere
+
+    return TrainState(
+        step=everywhere,
+        params=of_params,
+        router_state=jax.tree.map(lambda _: everywhere, state.router_state),
+        opt_state=jax.tree_util.tree_map_with_path(moments, state.opt_state),
+        load=jax.tree.map(lambda _: everywhere, state.load),
+    )
+
+
+def create(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """The initial state, made in place on `mesh`: no device ever holds more than its shards."""
+    make = jax.jit(functools.partial(init, model, tx), out_shardings=state_shardings(model, tx, mesh))
+    with jax.set_mesh(mesh):
+        return make(jax.random.key(seed))
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """Σ −log p(target) in nats over unmasked targets: logits (B, L, V) f32, targets (B, L) int, mask (B, L) bool."""
+    with jax.named_scope("loss"):
+        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        return jnp.sum(jnp.where(mask, nats, 0.0))
+
+
+def find(tree: Any, name: str) -> Any:
+    """The one subtree called `name` at any depth of nested dicts, or None. Stacked layers leave one such place."""
+    if not isinstance(tree, dict):
+        return None
+    if name in tree:
+        return tree[name]
+    found = [hit for hit in (find(child, name) for child in tree.values()) if hit is not None]
+    assert len(found) <= 1, f"{name!r} stands in {len(found)} places"
+    return found[0] if found else None
+
+
+def forward(model, params, router_state, batch, mode, key=None):
+    """(logits (B, L, V), losses, tallies): losses unweighted, tallies {} for a dense model, else stacked by layer."""
+    variables = {"params": params} | ({"router_state": router_state} if router_state else {})
+    (logits, losses), sown = model.apply(
+        variables,
+        batch["tokens"],
+        batch["positions"],
+        batch["segment_ids"],
+        return_losses=True,
+        mode=mode,
+        rngs=None if key is None else {"routing": key},
+        mutable=["intermediates"],
+    )
+    return logits, losses, find(sown.get("intermediates", {}), "routing") or {}
+
+
+def weighted(moe: MoEConfig | None, losses: dict[str, jax.Array]) -> jax.Array:
+    """Σ weight · loss over the auxiliary losses, as the config weighs them."""
+    total = jnp.zeros((), jnp.float32)
+    for name, loss in losses.items():
+        total += getattr(moe, LOSS_WEIGHTS[name]) * loss
+    return total
+
+
+def loss_fn(params, router_state, batch, key, *, model, count, share: float):
+    """nats / count + share · auxiliary losses, and what the step reports: sums that add up over microbatches."""
+    logits, losses, tallies = forward(model, params, router_state, batch, "train", key)
+    nats = cross_entropy(logits, batch["targets"], batch["mask"])
+    losses = jax.tree.map(lambda loss: share * loss, losses)
+    total = nats / count + weighted(model.config.moe, losses)
+    return total, {"total_loss": total, "nats": nats, "losses": losses, "tallies": tallies}
+
+
+def gradients(state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, model, microbatches: int):
+    """Gradients of the step's loss and its reported sums, over `microbatches` parts of the batch (B, L)."""
+    count = jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.float32), 1.0)
+    one = jax.grad(
+        functools.partial(loss_fn, model=model, count=count, share=1.0 / microbatches), has_aux=True
+    )
+    if microbatches == 1:
+        return one(state.params, state.router_state, batch, key)
+
+    def part(a):
+        # Every device keeps its own rows: part i takes rows i, i + A, i + 2A, …
+        return jnp.moveaxis(a.reshape(-1, microbatches, *a.shape[1:]), 1, 0)
+
+    parts = jax.tree.map(part, batch)
+    keys = jax.random.split(key, microbatches)
+
+    def add(sums, inputs):
+        return jax.tree.map(jnp.add, sums, one(state.params, state.router_state, *inputs)), None
+
+    shapes = jax.eval_shape(one, state.params, state.router_state, jax.tree.map(lambda a: a[0], parts), keys[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, (parts, keys))[0]
+
+
+Batch = dict[str, jax.Array]
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, model: nn.Module, tx: optax.GradientTransformation, config: Config
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step. Returns the next state and the step's metrics, named as in metrics.jsonl, as arrays on the device."""
+    moe = config.model.moe
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    grads, sums = gradients(state, batch, key, model=model, microbatches=config.train.accumulation_steps)
+    with jax.named_scope("optimizer"):
+        params, opt_state = optimizer.apply(tx, grads, state.opt_state, state.params)
+    router_state, load = state.router_state, state.load
+    metrics = {
+        "loss": sums["nats"] / jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.float32), 1.0),
+        "total_loss": sums["total_loss"],
+        "bits_per_byte": bits_per_byte(sums["nats"], batch["target_bytes"]),
+        "grad_norm": optax.global_norm(grads),
+        "learning_rate": optimizer.schedule(config.optimizer)(state.step),
+    }
+    if moe is not None:
+        with jax.named_scope("statistics"):
+            metrics |= {name: sums["losses"].get(name) for name in ("load_balance_loss", "router_z_loss")}
+            metrics |= layer_statistics(sums["tallies"])
+            load = load + sums["tallies"]["selected"]
+            metrics["load"] = load
+            if moe.bias_update_rate:
+                rule = functools.partial(balance.bias_update, rate=moe.bias_update_rate)
+                router_state = jax.tree.map(lambda bias: rule(bias, sums["tallies"]["selected"]), router_state)
+    return TrainState(state.step + 1, params, router_state, opt_state, load), metrics
+
+
+def bits_per_byte(nats: jax.Array, target_bytes: jax.Array) -> jax.Array:
+    """Σ nats / ln 2 / UTF-8 bytes of the targets; target_bytes (B,) int, 1 where there are none."""
+    return nats / jnp.log(2.0) / jnp.maximum(jnp.sum(target_bytes), 1).astype(jnp.float32)
+
+
+def layer_statistics(tallies: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Statistics of a step over MoE layers, from its tallies (leading axis: layer)."""
+    layers = routing_stats.summarise(tallies)
+    return {
+        "max_violation": jnp.mean(layers["max_violation"]),
+        "max_violation_per_layer": layers["max_violation"],
+        "dropped_fraction": jnp.mean(layers["dropped_fraction"]),
+        "routing_entropy": jnp.mean(layers["entropy"]),
+    }
+
+
+def compiled_step(
+    model: nn.Module, tx: optax.GradientTransformation, config: Config, shardings: TrainState
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """`train_step` under jit: the state is donated and keeps its shardings (Auto mode may lose them otherwise)."""
+    step = functools.partial(train_step, model=model, tx=tx, config=config)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def to_devices(batch: dict[str, Any], placement: NamedSharding) -> dict[str, jax.Array]:
+    """This process's rows of a host batch, as global arrays split over the batch axes of the mesh."""
+    rows = len(batch["tokens"])
+    # The count of bytes goes as a column whose first row holds it: sums over rows are then global sums.
+    bytes_column = np.zeros(rows, np.int32)
+    bytes_column[0] = batch["target_bytes"]
+    arrays = batch | {"target_bytes": bytes_column}
+    return {name: jax.make_array_from_process_local_data(placement, array) for name, array in arrays.items()}
