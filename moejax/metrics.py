@@ -51,7 +51,8 @@ class Writer:
         self.progress = progress and self.main
         self._profile = config.train.profile_steps
         self._profiling = False
-        self._start, self._began, self._said = 0, time.monotonic(), 0.0
+        self._start, self._said = 0, -QUIET_SECONDS
+        self._step_tokens = config.data.batch_size * config.data.sequence_length
         self._bar: tqdm.tqdm | None = None
         self._board: Any = None
         counts = accounting.account(config.model, config.data.sequence_length)
@@ -64,7 +65,7 @@ class Writer:
 
     def cut_after(self, step: int) -> None:
         """The run continues after `step`: later lines and half lines go, and the progress begins there."""
-        self._start, self._began = step, time.monotonic()
+        self._start = step
         if not self.main:
             return
         for name in FILES:
@@ -149,8 +150,9 @@ class Writer:
             return
         now = time.monotonic()
         if now - self._said >= QUIET_SECONDS or step >= self.total_steps:
-            left = (now - self._began) / max(step - self._start, 1) * (self.total_steps - step)
-            self.say(f"step {step}/{self.total_steps}  {text}, {duration(left)} left")
+            rate = values.get("tokens_per_second")
+            left = f", {duration((self.total_steps - step) * self._step_tokens / rate)} left" if rate else ""
+            self.say(f"step {step}/{self.total_steps}  {text}{left}")
             self._said = now
 
     def summary(self, values: Mapping[str, Any]) -> str:
