@@ -97,9 +97,14 @@ def _sort_by(key: Array, count: int) -> tuple[Array, Array]:
     values = jnp.arange(count + 1, dtype=jnp.int32)
     if (count + 1) * R < 2**31:
         packed = jnp.sort(key * R + position)
-        return packed % R, jnp.searchsorted(packed, values * R).astype(jnp.int32)
+        return packed % R, _count_below(packed, values * R)
     sorted_key, order = lax.sort((key, position), num_keys=1, is_stable=True)
-    return order, jnp.searchsorted(sorted_key, values).astype(jnp.int32)
+    return order, _count_below(sorted_key, values)
+
+
+def _count_below(keys: Array, values: Array) -> Array:
+    """How many keys (R,) lie below each value (C,): what jnp.searchsorted gives, which fails inside shard_map."""
+    return jnp.sum(keys[None, :] < values[:, None], axis=1, dtype=jnp.int32)
 
 
 def _invert(permutation: Array) -> Array:
