@@ -55,7 +55,7 @@ def _select_fwd(scores, k):
 
 def _select_bwd(k, residuals, cotangents):
     indices, width = residuals
-    return (_spread(cotangents[0], indices, width.shape[-1]),)
+    return (spread(cotangents[0], indices, width.shape[-1]),)
 
 
 select_top_k.defvjp(_select_fwd, _select_bwd)
@@ -73,7 +73,7 @@ def _pick_fwd(scores, indices):
 
 def _pick_bwd(residuals, cotangent):
     indices, width = residuals
-    return _spread(cotangent, indices, width.shape[-1]), None
+    return spread(cotangent, indices, width.shape[-1]), None
 
 
 pick.defvjp(_pick_fwd, _pick_bwd)
@@ -84,7 +84,7 @@ def _width(scores: Array) -> Array:
     return jnp.zeros((0, scores.shape[-1]))
 
 
-def _spread(values: Array, indices: Array, num_experts: int) -> Array:
+def spread(values: Array, indices: Array, num_experts: int) -> Array:
     """The transpose of `pick`: (…, E) with values[…, k] added at indices[…, k].
 
     One fused elementwise pass over K: 0.25 ms at T=8192, E=64, K=8 where a sum over a (T, K, E) one-hot takes 2.8.

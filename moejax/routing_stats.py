@@ -12,7 +12,7 @@ import numpy as np
 
 from moejax.balance import expert_counts
 from moejax.routing import ExpertChoice, Routing, chosen
-from moejax.routing_select import multi_hot
+from moejax.routing_select import multi_hot, spread
 
 Array = jax.Array
 
@@ -33,17 +33,12 @@ def tallies(decision: Routing | ExpertChoice, mask: Array) -> dict[str, Array]:
     num_experts = decision.scores.shape[-1]
     choices = chosen(decision, mask)
     kept = choices & decision.keep
-    # one pass per k, as in routing_select: a (T, K, E) one-hot is ten times slower on CPU
-    axes = tuple(range(mask.ndim))
-    gate = jnp.zeros((num_experts,), decision.weights.dtype)
-    for k in range(decision.experts.shape[-1]):
-        hit = multi_hot(decision.experts[..., k : k + 1], kept[..., k : k + 1], num_experts)
-        gate += jnp.sum(jnp.where(hit, decision.weights[..., k, None], 0.0), axis=axes)
+    gates = spread(jnp.where(kept, decision.weights, 0.0), decision.experts, num_experts)
     return {
         "selected": expert_counts(decision.experts, choices, num_experts),
         "dropped": jnp.sum(choices & ~kept, dtype=jnp.int32),
         "choices": jnp.sum(choices, dtype=jnp.int32),
-        "gate": gate,
+        "gate": jnp.sum(gates, axis=tuple(range(mask.ndim))),
         "together": _together(multi_hot(decision.experts, choices, num_experts)),
     }
 
