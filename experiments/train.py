@@ -13,7 +13,7 @@ from moejax import config as configs
 from moejax import train
 
 CONFIG = cli.config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, metrics.jsonl, config.json.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives: checkpoints, metrics, config.", required=True)
 
 
 def main() -> None:

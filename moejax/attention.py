@@ -1,5 +1,7 @@
 """Attention: one function, and grouped-query attention (Ainslie 2023) around it."""
 
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,7 @@ def attend(
         mask=mask,
         is_causal=True,
         local_window_size=None if window is None else (window - 1, 0),
-        implementation=implementation,
+        implementation=cast(Any, implementation),
     )
 
 
@@ -137,9 +139,8 @@ class Attention(nn.Module):
         width = x.shape[-1]
 
         def project(name, heads, axis):
-            init = layers.fan_in_init(0, (1, 2), self.init_scale)
-            init = nn.with_logical_partitioning(init, ("embed", axis, "head_dim"))
-            kernel = self.param(name, init, (width, heads, self.head_dim), jnp.float32)
+            init, shape = layers.fan_in_init(0, (1, 2), self.init_scale), (width, heads, self.head_dim)
+            kernel = layers.parameter(self, name, init, shape, ("embed", axis, "head_dim"))
             return jnp.einsum("bld,dhk->blhk", x, kernel.astype(self.dtype))
 
         x = x.astype(self.dtype)
@@ -154,18 +155,17 @@ class Attention(nn.Module):
             out = self._cached(q, k, v, positions, cache_length)
         else:
             out = attend(q, k, v, segment_ids, implementation=self.implementation)
-        init = layers.fan_in_init((0, 1), 2, self.init_scale)
-        init = nn.with_logical_partitioning(init, ("heads", "head_dim", "embed"))
-        kernel = self.param("out", init, (self.num_heads, self.head_dim, width), jnp.float32)
+        init, shape = layers.fan_in_init((0, 1), 2, self.init_scale), (self.num_heads, self.head_dim, width)
+        kernel = layers.parameter(self, "out", init, shape, ("heads", "head_dim", "embed"))
         out = jnp.einsum("blhk,hkd->bld", out, kernel.astype(self.dtype))
         return sharding.constrain(out, "batch", "length", "activation")
 
     def _cached(self, q, k, v, positions, cache_length):
         shape = (k.shape[0], cache_length, *k.shape[2:])
         rows = jnp.arange(k.shape[0])[:, None]
-        read = []
-        for name, new in (("key", k), ("value", v)):
+        def updated(name, new):
             cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
             cache.value = cache.value.at[rows, positions].set(new)
-            read.append(cache.value)
-        return attend_cached(q, *read, positions)
+            return cache.value
+
+        return attend_cached(q, updated("key", k), updated("value", v), positions)

@@ -1,11 +1,16 @@
 """Small layers that every family shares: norm, rotary positions, SwiGLU, embedding."""
 
+from collections.abc import Callable
+from typing import Any, cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from moejax import sharding
+
+Initializer = Callable[..., Any]
 
 
 def fan_in_init(in_axis: int | tuple[int, ...], out_axis: int | tuple[int, ...], scale: float = 1.0, experts=()):
@@ -15,6 +20,13 @@ def fan_in_init(in_axis: int | tuple[int, ...], out_axis: int | tuple[int, ...],
     )
 
 
+def parameter(
+    module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> jax.Array:
+    """A float32 parameter of `module`, annotated with its logical axes (the table is in sharding.py)."""
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · scale over the last axis (Zhang & Sennrich 2019), computed in float32, in x's dtype again."""
 
@@ -22,9 +34,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32
-        )
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))
         wide = x.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
         return (wide * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
@@ -50,15 +60,9 @@ class GatedFFN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width, init = x.shape[-1], fan_in_init(0, 1, self.init_scale)
-        gate = self.param(
-            "gate", nn.with_logical_partitioning(init, ("embed", "mlp")), (width, self.hidden), jnp.float32
-        )
-        up = self.param(
-            "up", nn.with_logical_partitioning(init, ("embed", "mlp")), (width, self.hidden), jnp.float32
-        )
-        down = self.param(
-            "down", nn.with_logical_partitioning(init, ("mlp", "embed")), (self.hidden, width), jnp.float32
-        )
+        gate = parameter(self, "gate", init, (width, self.hidden), ("embed", "mlp"))
+        up = parameter(self, "up", init, (width, self.hidden), ("embed", "mlp"))
+        down = parameter(self, "down", init, (self.hidden, width), ("mlp", "embed"))
         x = x.astype(self.dtype)
         hidden = nn.silu(x @ gate.astype(self.dtype)) * (x @ up.astype(self.dtype))
         return hidden @ down.astype(self.dtype)
@@ -73,12 +77,7 @@ class Embedding(nn.Module):
 
     def setup(self):
         init = nn.initializers.normal(1.0 / self.width**0.5)
-        self.embedding = self.param(
-            "embedding",
-            nn.with_logical_partitioning(init, ("vocab", "embed")),
-            (self.vocab_size, self.width),
-            jnp.float32,
-        )
+        self.embedding = parameter(self, "embedding", init, (self.vocab_size, self.width), ("vocab", "embed"))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         # The rows are scaled back to unit variance; the small table then also serves as a tied unembedding.

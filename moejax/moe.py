@@ -98,10 +98,8 @@ class MoE(nn.Module):
             inputs *= jax.random.uniform(jitter, inputs.shape, jnp.float32, low, high)
 
         def score(name, init):
-            axes = ("embed", "router_experts")
-            kernel = self.param(
-                name, nn.with_logical_partitioning(init, axes), (x.shape[-1], config.num_experts), jnp.float32
-            )
+            shape, axes = (x.shape[-1], config.num_experts), ("embed", "router_experts")
+            kernel = layers.parameter(self, name, init, shape, axes)
             return jnp.einsum("bld,de->ble", inputs, kernel, precision=lax.Precision.HIGHEST)
 
         logits = score("router", layers.fan_in_init(0, 1, self.init_scale))
@@ -132,9 +130,9 @@ class MoE(nn.Module):
         num_experts, hidden = self.config.num_experts, self.hidden
         init = layers.fan_in_init(1, 2, self.init_scale, experts=(0,))
         into, out = ("experts", "embed", "expert_mlp"), ("experts", "expert_mlp", "embed")
-        gate = self.param("gate", nn.with_logical_partitioning(init, into), (num_experts, width, hidden), jnp.float32)
-        up = self.param("up", nn.with_logical_partitioning(init, into), (num_experts, width, hidden), jnp.float32)
-        down = self.param("down", nn.with_logical_partitioning(init, out), (num_experts, hidden, width), jnp.float32)
+        gate = layers.parameter(self, "gate", init, (num_experts, width, hidden), into)
+        up = layers.parameter(self, "up", init, (num_experts, width, hidden), into)
+        down = layers.parameter(self, "down", init, (num_experts, hidden, width), out)
         return {"gate": gate.astype(dtype), "up": up.astype(dtype), "down": down.astype(dtype)}
 
     def _losses(self, logits, decision, mask):

@@ -134,8 +134,8 @@ def check_batch(config: Config, mesh) -> None:
     parts = shards * config.train.accumulation_steps
     if config.data.batch_size % parts:
         raise UserError(
-            f"data.batch_size={config.data.batch_size} must be a multiple of {parts}: {shards} batch shards of the mesh "
-            f"× {config.train.accumulation_steps} microbatches"
+            f"data.batch_size={config.data.batch_size} must be a multiple of {parts}: {shards} batch shards of "
+            f"the mesh × {config.train.accumulation_steps} microbatches"
         )
 
 
@@ -151,8 +151,8 @@ def restore(workdir: Path, model, tx, shardings: TrainState, content_hash: str) 
     before = found.data["content_hash"]
     if before != content_hash:
         raise UserError(
-            f"{workdir}: the text has changed since step {found.step} (content {before[:12]}, now {content_hash[:12]}): "
-            "restore the files, or give another --workdir"
+            f"{workdir}: the text has changed since step {found.step} (content {before[:12]}, now {content_hash[:12]}):"
+            " restore the files, or give another --workdir"
         )
     step = jax.device_put(jnp.asarray(found.step, jnp.int32), shardings.step)
     return TrainState(step=step, **{name: found.trees[name] for name in TREES})
@@ -184,8 +184,8 @@ def check_finite(step: int, values: dict[str, jax.Array] | None, saver: checkpoi
         return
     saver.wait()
     raise UserError(
-        f"step {step}: the loss is {float(values['total_loss'])}, the gradient norm {float(values['grad_norm'])}: stopped; "
-        "the checkpoint before it is kept. Lower optimizer.learning_rate or clip_norm, or raise warmup_steps"
+        f"step {step}: the loss is {float(values['total_loss'])}, the gradient norm {float(values['grad_norm'])}: "
+        "stopped; the checkpoint before it is kept. Lower optimizer.learning_rate or clip_norm, or raise warmup_steps"
     )
 
 

@@ -6,7 +6,6 @@ losses are taken per microbatch (over all devices) and averaged.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -60,7 +59,7 @@ def init(model: nn.Module, tx: optax.GradientTransformation, key: jax.Array) -> 
     )
 
 
-def state_shardings(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
     """A TrainState of NamedShardings: parameters by their logical axes, moments like their parameters."""
     key = jax.random.key(0)
     boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 8), jnp.int32)), key)
@@ -70,7 +69,7 @@ def state_shardings(model: nn.Module, tx: optax.GradientTransformation, mesh: Me
     known = {
         path: (leaf.shape, place) for (path, leaf), place in zip(shapes, jax.tree.leaves(of_params), strict=True)
     }
-    everywhere = sharding.replicated(mesh)
+    everywhere: Any = sharding.replicated(mesh)
 
     def moments(path, leaf):
         # A moment stands at some path of optax's that ends in its parameter's; factored ones have another shape.
@@ -221,7 +220,7 @@ def layer_statistics(tallies: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def compiled_step(
     model: nn.Module, tx: optax.GradientTransformation, config: Config, shardings: TrainState
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+) -> jax.stages.Wrapped:
     """`train_step` under jit: the state is donated and keeps its shardings (Auto mode may lose them otherwise)."""
     step = functools.partial(train_step, model=model, tx=tx, config=config)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

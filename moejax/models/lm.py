@@ -112,8 +112,8 @@ class LM(nn.Module):
             if config.tie_embeddings:
                 logits = embedding.attend(x)
             else:
-                init = nn.with_logical_partitioning(layers.fan_in_init(0, 1, config.init_scale), ("embed", "vocab"))
-                kernel = self.param("unembedding", init, (config.width, config.vocab_size), jnp.float32)
+                init, shape = layers.fan_in_init(0, 1, config.init_scale), (config.width, config.vocab_size)
+                kernel = layers.parameter(self, "unembedding", init, shape, ("embed", "vocab"))
                 logits = jnp.einsum("bld,dv->blv", x, kernel.astype(dtype), preferred_element_type=jnp.float32)
         if return_losses:
             return logits, jax.tree.map(jnp.mean, losses)
