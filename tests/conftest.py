@@ -5,6 +5,12 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+# Compiling is most of the tests' time. Less of LLVM's effort makes it 2.5 times faster and leaves the values alone;
+# in the environment, so that scripts that a test starts have it too.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
 import jax
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
