@@ -22,7 +22,7 @@ import tqdm
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from moejax import schema
+from moejax import environment, schema
 from moejax.config import Config
 from moejax.errors import UserError
 
@@ -40,7 +40,8 @@ def config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder
 def run(main: Callable[[], Any]) -> None:
     """Parses the flags and runs `main`; never returns to a caller who would go on after an error."""
     sys.unraisablehook = _unraisable(sys.unraisablehook)
-    _show_warnings()
+    _set_up_logging()
+    environment.keep_compiled_programs()
     try:
         if {"--help", "-help", "-h", "--helpshort", "-helpshort"} & set(sys.argv[1:]):
             print((sys.modules["__main__"].__doc__ or "").strip(), flags.FLAGS.main_module_help(), sep="\n\nFlags:")
@@ -174,13 +175,17 @@ def _unraisable(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class _Lines(logging.Handler):
-    """`warning: …`, above a progress bar if there is one."""
+    """`warning: …`, or the message alone where it only informs; above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        tqdm.tqdm.write(level + record.getMessage(), file=sys.stderr)
 
 
-def _show_warnings() -> None:
-    logger = logging.getLogger("moejax")
-    logger.addHandler(_Lines(logging.WARNING))
-    logger.propagate = False
+def _set_up_logging() -> None:
+    for name, level in (("moejax", logging.WARNING), ("pallas_kernels", logging.INFO)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.addHandler(_Lines(level))
+        logger.propagate = False
+    logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every backend that isn't there

@@ -1,6 +1,7 @@
 """What a run ran on: packages, commit and devices, and the peak rates of known chips."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from moejax import data_cache
 
 PACKAGES = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy")
 # Dense bf16 FLOP/s of one jax device, from the makers' data sheets; the first name found in device_kind counts.
@@ -24,6 +27,12 @@ def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 FLOP/s of one device by jax's `device_kind`; None where it is not known."""
     kind = device_kind.lower()
     return next((peak for name, peak in PEAKS.items() if name in kind), None)
+
+
+def keep_compiled_programs() -> None:
+    """Keeps XLA's compiled programs under $MOEJAX_CACHE/xla, unless JAX_COMPILATION_CACHE_DIR says where (or "")."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", os.path.join(data_cache.default_folder(), "xla"))
 
 
 def record() -> dict[str, Any]:
