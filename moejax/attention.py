@@ -43,15 +43,17 @@ def attend(
     if sinks is not None or softcap is not None:
         raise NotImplementedError(f"attention by {implementation!r} takes no sinks or softcap; use 'plain'")
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=cast(Any, implementation),
-    )
+    # Its own arithmetic mixes dtypes for bfloat16, which strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation=cast(Any, implementation),
+        )
 
 
 def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, window: int | None = None):
