@@ -19,9 +19,12 @@ from jax import lax
 
 from moejax.errors import UserError
 from moejax.routing import ExpertChoice, Routing
+from pallas_kernels.search import count_below
 from pallas_kernels.vary import vary_alike
 
 Array = jax.Array
+
+_LARGEST = 2**31 - 1  # of int32
 
 
 @jax.tree_util.register_dataclass
@@ -95,16 +98,11 @@ def _sort_by(key: Array, count: int) -> tuple[Array, Array]:
     R = key.shape[0]
     position = jnp.arange(R, dtype=jnp.int32)
     values = jnp.arange(count + 1, dtype=jnp.int32)
-    if (count + 1) * R < 2**31:
+    if (count + 1) * R - 1 <= _LARGEST:
         packed = jnp.sort(key * R + position)
-        return packed % R, _count_below(packed, values * R)
+        return packed % R, count_below(packed, values * R)
     sorted_key, order = lax.sort((key, position), num_keys=1, is_stable=True)
-    return order, _count_below(sorted_key, values)
-
-
-def _count_below(keys: Array, values: Array) -> Array:
-    """How many keys (R,) lie below each value (C,): what jnp.searchsorted gives, which fails inside shard_map."""
-    return jnp.sum(keys[None, :] < values[:, None], axis=1, dtype=jnp.int32)
+    return order, count_below(sorted_key, values)
 
 
 def _invert(permutation: Array) -> Array:

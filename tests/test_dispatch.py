@@ -68,12 +68,15 @@ def test_dense_by_hand():
     np.testing.assert_array_equal(dispatch.dense(jnp.array([[10.0], [100.0]]), decision, experts), [[30.0], [600.0]])
 
 
-def test_sort_where_key_and_position_do_not_fit_32_bits():
-    """2048 · 2²⁰ = 2³¹."""
-    key = np.random.default_rng(0).integers(0, 2048, 2**20, dtype=np.int32)
-    order, boundaries = jax.jit(dispatch._sort_by, static_argnums=1)(jnp.asarray(key), 2047)
+@pytest.mark.parametrize("packed", [True, False])
+def test_sort_by(packed, monkeypatch):
+    """Both ways: packed, and where key and position don't fit one int32."""
+    if not packed:
+        monkeypatch.setattr(dispatch, "_LARGEST", 0)
+    key = np.random.default_rng(0).integers(0, 8, 100, dtype=np.int32)
+    order, boundaries = dispatch._sort_by(jnp.asarray(key), 7)
     np.testing.assert_array_equal(order, np.argsort(key, stable=True))
-    np.testing.assert_array_equal(boundaries, np.concatenate([[0], np.cumsum(np.bincount(key, minlength=2048))])[:-1])
+    np.testing.assert_array_equal(boundaries, np.concatenate([[0], np.cumsum(np.bincount(key, minlength=8))])[:-1])
 
 
 # ---- against the oracle

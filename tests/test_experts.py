@@ -51,7 +51,7 @@ def test_by_hand():
 @example([0, 0, 170, 0])
 @example([0, 0, 0, 0])
 def test_blocks_match_three_products(cuts):
-    """170 rows over 4 experts: a base of 56 each, the rest in windows of 64; NaN past the sum."""
+    """170 rows over 4 experts: a base of 48 each, the rest in windows of 64; NaN past the sum."""
     sizes = np.diff([0, *sorted(cuts)]).astype(np.int32)
     rows, *weights, grad = operands(170, 4)
     past = (np.arange(170) >= sizes.sum())[:, None]
