@@ -1,10 +1,14 @@
 """The CPU figures of this repository, ours and the peer's in one run: medians of interleaved repeats.
 
-Example:
-  python experiments/benchmark_cpu.py --only=experts
+  python experiments/benchmark_cpu.py --only=experts,step
+  python experiments/benchmark_cpu.py --peer_python=PATH
+
+PATH is an interpreter that has torch and transformers; without it the peer section times ours alone.
 """
 
 import functools
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -15,13 +19,13 @@ import numpy as np
 from absl import flags
 from jax import lax
 
-from experiments import cli
+from experiments import benchmark_cpu_model, cli
 from moejax.errors import UserError
 from moejax.experts import gated_ffn
-from moejax.host_memory import keep_freed_memory
 from pallas_kernels.grouped_matmul import grouped_matmul
 
-_ONLY = flags.DEFINE_list("only", [], "Sections to run, of: experts. Default: all.")
+_ONLY = flags.DEFINE_list("only", [], "Sections to run, of: experts, step, peer, compile. Default: all.")
+_PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter with torch and transformers, for `peer`.")
 _REPEATS = flags.DEFINE_integer("repeats", 11, "Repeats of each case; the median counts.", lower_bound=1)
 
 
@@ -114,13 +118,19 @@ def _both(ffn):
     return run
 
 
-SECTIONS = {"experts": benchmark_experts}
+SECTIONS: dict[str, Callable[[int], None]] = {
+    "experts": benchmark_experts,
+    "step": lambda repeats: benchmark_cpu_model.benchmark_step(medians, repeats),
+    "peer": lambda repeats: benchmark_cpu_model.benchmark_peer(medians, repeats, _PEER_PYTHON.value),
+    "compile": lambda repeats: benchmark_cpu_model.benchmark_compile(),
+}
 
 
 def main() -> None:
     if unknown := sorted(set(_ONLY.value) - SECTIONS.keys()):
         raise UserError(f"--only={','.join(unknown)}: no such section; there are {', '.join(SECTIONS)}")
-    keep_freed_memory()
+    print(f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, jax {jax.__version__}, load average "
+          f"{os.getloadavg()[0]:.1f} at the start")  # fmt: skip
     for name in _ONLY.value or SECTIONS:
         SECTIONS[name](_REPEATS.value)
 

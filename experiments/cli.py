@@ -22,7 +22,7 @@ import tqdm
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from moejax import environment, schema
+from moejax import environment, host_memory, schema
 from moejax.config import Config
 from moejax.errors import UserError
 
@@ -40,6 +40,7 @@ def config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder
 def run(main: Callable[[], Any]) -> None:
     """Parses the flags and runs `main`; never returns to a caller who would go on after an error."""
     sys.unraisablehook = _unraisable(sys.unraisablehook)
+    host_memory.keep_freed_memory()
     _set_up_logging()
     environment.keep_compiled_programs()
     try:
