@@ -87,7 +87,7 @@ def run(ablation: Ablation, workdir: str | os.PathLike[str], *, progress: bool =
     May be killed anywhere and called again.
 
     Raises:
-      UserError: as `check` and `train.run`; a run in `workdir` that went beyond train.steps.
+      UserError: as `check` and `run_one`, with the arm named.
     """
     arms = check(ablation)
     todo = [(name, seed) for seed in ablation.seeds for name in arms]
@@ -95,7 +95,10 @@ def run(ablation: Ablation, workdir: str | os.PathLike[str], *, progress: bool =
         if progress and jax.process_index() == 0:
             tqdm.tqdm.write(f"[{i + 1}/{len(todo)}] {name}, seed {seed}", file=sys.stderr)
         config = dataclasses.replace(arms[name][0], seed=seed)
-        run_one(config, folder_of(workdir, name, seed), progress=progress)
+        try:
+            run_one(config, folder_of(workdir, name, seed), progress=progress)
+        except UserError as error:
+            raise UserError(f"arm {name!r}, seed {seed}: {error}") from error
         jax.clear_caches()  # every run compiles its own step, and what is kept of them adds up
     return collect(ablation, workdir)
 
@@ -111,6 +114,9 @@ def run_one(config: Config, folder: Path, *, progress: bool = True) -> dict[str,
     The keys on top of `evaluate`'s: step, seed, tokens_per_second (median of the logged lines), train_dropped_fraction
     (mean of the second half of the logged lines, None for a dense model), data (description), content_hash,
     eval_batches, cores, environment (environment.record()).
+
+    Raises:
+      UserError: as `train.run`; the run in `folder` went beyond train.steps.
     """
     corpus = data.prepare(config.data, progress=progress)
     result = read_result(config, folder)

@@ -163,7 +163,7 @@ def test_a_killed_ablation_goes_on_where_it_was(tmp_path, monkeypatch):
     longer = dataclasses.replace(
         ablated, arms={n: dataclasses.replace(c, train=dataclasses.replace(c.train, steps=3))
                        for n, c in ablated.arms.items()})  # fmt: skip
-    with pytest.raises(UserError, match=r"is at step 4, beyond train.steps=3: give at least train.steps=4"):
+    with pytest.raises(UserError, match=r"arm 'dense', seed 0: .* is at step 4, beyond train.steps=3"):
         ablation.run(longer, tmp_path, progress=False)
 
 

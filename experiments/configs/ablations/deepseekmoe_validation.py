@@ -16,6 +16,7 @@ from experiments.configs import base, fine_grained, gshard, hash, switch
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.optimizer.update(learning_rate=1.08e-3, schedule="steps", warmup_steps=16)
+    config.train.eval_every = 20  # compute to the dense arm's loss is interpolated between these
     config.seeds = (0, 1, 2)
     arms = {"hash": hash.moe, "switch": switch.moe, "gshard": gshard.moe, "deepseekmoe": fine_grained.moe}
     config.arms = ConfigDict({"dense": {"model": {"moe": None}}})

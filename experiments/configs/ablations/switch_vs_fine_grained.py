@@ -13,6 +13,7 @@ from experiments.configs import base, fine_grained, fine_grained_aux_free, gshar
 
 def get_config() -> ConfigDict:
     config = base.get_config()
+    config.train.eval_every = 20  # compute to the dense arm's loss is interpolated between these
     config.seeds = (0, 1, 2)
     config.arms = ConfigDict({"dense": {"model": {"moe": None}}})
     for arm in (hash, switch, gshard, fine_grained, fine_grained_aux_free):
