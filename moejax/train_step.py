@@ -1,7 +1,8 @@
 """One training step: loss, gradients over microbatches, optax, then the bias rule. Pure functions of arrays.
 
 Counts and statistics span all microbatches and all devices of a step, exactly as one batch would. The load-balance
-losses are taken per microbatch (over all devices) and averaged.
+losses are taken per microbatch (over all devices) and averaged, weighted by unmasked tokens: means over tokens, such
+as the z-loss, are then those of one batch.
 """
 
 import dataclasses
@@ -137,10 +138,12 @@ def weighted(moe: MoEConfig | None, losses: dict[str, jax.Array]) -> jax.Array:
     return total
 
 
-def loss_fn(params, router_state, batch, key, *, model, count, share: float):
-    """nats / count + share · auxiliary losses, and what the step reports: sums that add up over microbatches."""
+def loss_fn(params, router_state, batch, key, *, model, count):
+    """nats / count + this part's share of the `count` tokens · auxiliary losses, and what the step reports: sums that
+    add up over microbatches."""
     logits, losses, tallies = forward(model, params, router_state, batch, "train", key)
     nats = cross_entropy(logits, batch["targets"], batch["mask"])
+    share = jnp.sum(batch["mask"], dtype=jnp.float32) / count
     losses = jax.tree.map(lambda loss: share * loss, losses)
     total = nats / count + weighted(model.config.moe, losses)
     return total, {"total_loss": total, "nats": nats, "losses": losses, "tallies": tallies}
@@ -149,9 +152,7 @@ def loss_fn(params, router_state, batch, key, *, model, count, share: float):
 def gradients(state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, model, microbatches: int):
     """Gradients of the step's loss and its reported sums, over `microbatches` parts of the batch (B, L)."""
     count = jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.float32), 1.0)
-    one = jax.grad(
-        functools.partial(loss_fn, model=model, count=count, share=1.0 / microbatches), has_aux=True
-    )
+    one = jax.grad(functools.partial(loss_fn, model=model, count=count), has_aux=True)
     if microbatches == 1:
         return one(state.params, state.router_state, batch, key)
 
