@@ -29,7 +29,7 @@ def main() -> None:
     if found is None:
         raise UserError(f"--workdir={WORKDIR.value}: there is no checkpoint; train first with experiments/train.py")
     config = configs.from_config_dict(found.config)
-    tokenizer = tokenizers.load(config.data.tokenizer)
+    tokenizer = tokenizers.load(config.data.tokenizer, found.data["tokenizer"])
     if config.model.moe is not None and routing.resolve(config.model.moe.router) is routing.expert_choice:
         print(
             "expert choice looks at the whole sequence: here each token takes its top "

@@ -6,12 +6,12 @@ Then train on it with --config.data.tokenizer=runs/bpe4096.json. The documents t
 --eval_fraction) are left out here too; of a mixture, every document is read once, whatever the weights.
 """
 
-import sys
 from collections.abc import Iterator
 
 import tqdm
-from absl import app, flags
+from absl import flags
 
+from experiments import cli
 from moejax import data_cache, sources, tokenizers
 from moejax.errors import UserError
 
@@ -38,17 +38,11 @@ def training_documents(source: str, eval_fraction: float) -> Iterator[bytes]:
         raise UserError(f"--source={source}: every document is empty or held out; give more text or --eval_fraction=0")
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"what is {argv[1]!r}? Give --source, --vocab_size and --output")
-    try:
-        documents = training_documents(_SOURCE.value, _EVAL_FRACTION.value)
-        tokenizer = tokenizers.train_bpe(documents, _VOCAB_SIZE.value, _OUTPUT.value)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main() -> None:
+    documents = training_documents(_SOURCE.value, _EVAL_FRACTION.value)
+    tokenizer = tokenizers.train_bpe(documents, _VOCAB_SIZE.value, _OUTPUT.value)
     print(f"{_OUTPUT.value}: {tokenizer.vocab_size} tokens; use it with --config.data.tokenizer={_OUTPUT.value}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -26,6 +26,8 @@ _PIECE_CHARS = 1 << 20
 class Tokenizer(Protocol):
     """What data, evaluate and generate need of a tokenizer."""
 
+    text: str | None
+    """The content of its tokenizer.json, None for bytes: a checkpoint keeps it, so that a copy can generate."""
     vocab_size: int
     end_of_document: int
     byte_lengths: np.ndarray
@@ -46,6 +48,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """Token i < 256 is the byte i; 256 is the end of a document. The vocabulary has 257 tokens."""
 
+    text: str | None = None
     vocab_size = 257
     end_of_document = 256
     byte_lengths = np.array([1] * 256 + [0], np.int32)
@@ -69,14 +72,10 @@ class FileTokenizer:
     A document longer than a million characters is tokenised in pieces cut after a line's end.
     """
 
-    def __init__(self, path: str):
-        try:
-            with open(path, encoding="utf-8") as file:
-                text = file.read()
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a text file"
-            raise UserError(f"data.tokenizer {path!r}: cannot read it ({reason}); give 'bytes' or the path of a "
-                            "Hugging Face tokenizer.json (experiments/train_tokenizer.py makes one)") from None
+    def __init__(self, path: str, text: str | None = None):
+        """Reads `path`, or takes `text`, that file's content as a checkpoint kept it."""
+        text = _read(path) if text is None else text
+        self.text: str | None = text
         try:
             self._tokenizer = hf.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises a bare Exception for whatever is wrong in the file.
@@ -142,6 +141,16 @@ class FileTokenizer:
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
 
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"data.tokenizer {path!r}: cannot read it ({reason}); give 'bytes' or the path of a "
+                        "Hugging Face tokenizer.json (experiments/train_tokenizer.py makes one)") from None
+
+
 def _pieces(text: str) -> list[str]:
     pieces, start = [], 0
     while start < len(text):
@@ -170,9 +179,9 @@ def _byte_length(token: str, byte_level: bool) -> int:
     return len(token.replace("▁", " ").removeprefix("##").encode("utf-8"))
 
 
-def load(name: str) -> Tokenizer:
-    """"bytes" or the path of a tokenizer.json. UserError if it is neither."""
-    return ByteTokenizer() if name == "bytes" else FileTokenizer(os.path.expanduser(name))
+def load(name: str, text: str | None = None) -> Tokenizer:
+    """"bytes" or the path of a tokenizer.json, or that file's `text`, if given. UserError if it is neither."""
+    return ByteTokenizer() if name == "bytes" else FileTokenizer(os.path.expanduser(name), text)
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int, path: str, progress: bool = True) -> FileTokenizer:

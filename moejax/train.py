@@ -27,8 +27,9 @@ DEAD_LINES = 3  # an expert without a token for this many logged lines is worth 
 def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, progress: bool = True) -> dict[str, Any]:
     """Trains until config.train.steps, continuing what `workdir` holds. Returns the last evaluation and metrics.
 
-    `stop_at` ends this call early, after that step and its checkpoint; a later call continues bit for bit. The result
-    holds step, loss, bits_per_byte, max_violation and the other values of `evaluate`, and tokens_per_second.
+    `stop_at` ends this call early, after that step and its checkpoint; a later call continues bit for bit, and the
+    files of the run are as if it had never stopped. The result holds step, tokens_per_second (at the last line), and,
+    where the run is at its end and text is held out, loss, bits_per_byte, max_violation and the rest of `evaluate`.
 
     Raises UserError: the workdir is another config's (the fields are named), the text changed since, the batch does
     not divide over the mesh, or the loss is no longer finite (the last good checkpoint stays).
@@ -61,6 +62,9 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         placement = sharding.batch_sharding(mesh)
         batches = data.train_iterator(corpus, config.data, config.seed, start_step=start)
         evaluation = functools.partial(_evaluate, model, corpus, config, mesh)
+        held_out = corpus.heldout_windows > 0
+        if not held_out:
+            writer.say("data.eval_fraction is 0: no text is held out, so nothing is evaluated")
         step_fn, last, ended = None, None, {}
         clock, since = time.perf_counter(), start
         dead = DeadExperts(writer, start)
@@ -75,7 +79,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
             # One step behind, so that the device is never kept waiting for the host.
             check_finite(step - 1, last, saver)
             last = current
-            if is_due(step, config.train.log_every) or step == end:
+            # Not where stop_at ends this call: a run that doesn't stop there has no such line.
+            if is_due(step, config.train.log_every) or step == config.train.steps:
                 check_finite(step, current, saver)
                 seconds, clock = time.perf_counter() - clock, time.perf_counter()
                 tokens = (step - since) * config.data.batch_size * config.data.sequence_length
@@ -84,19 +89,19 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
                 writer.line(line, dead(step, current))
                 state = reset_load(state)
                 since = step
-            evaluate_now = step == config.train.steps or is_due(step, config.train.eval_every)
+            evaluate_now = held_out and (step == config.train.steps or is_due(step, config.train.eval_every))
             save_now = step == end or is_due(step, config.train.checkpoint_every)
             if evaluate_now or save_now:
                 pause = time.perf_counter()
                 if save_now:
                     check_finite(step, current, saver)
-                    save(saver, state, config, corpus.content_hash)
+                    save(saver, state, config, corpus)
                 if evaluate_now:
                     ended |= evaluation(state)
                     writer.evaluation(step, ended)
                 clock += time.perf_counter() - pause
         if start >= end:  # nothing left to do: say where the finished run stands
-            ended = evaluation(state) | {"tokens_per_second": None}
+            ended = (evaluation(state) if held_out else {}) | {"tokens_per_second": None}
     return ended | {"step": int(state.step)}
 
 
@@ -171,11 +176,12 @@ def start_from(state: TrainState, directory: str, shardings: TrainState) -> Trai
     return dataclasses.replace(state, **{name: found.trees[name] for name in names})
 
 
-def save(saver: checkpoint.Checkpointer, state: TrainState, config: Config, content_hash: str) -> None:
-    """Begins to save: parameters, router state, optimizer state, loads, and the position in the data."""
+def save(saver: checkpoint.Checkpointer, state: TrainState, config: Config, corpus: data.Corpus) -> None:
+    """Begins to save: parameters, router state, optimizer state, loads, the position in the data and its tokenizer."""
     step = int(state.step)
     trees = {name: getattr(state, name) for name in TREES}
-    saver.save(step, trees, data={"step": step, "content_hash": content_hash}, config=configs.to_dict(config))
+    data_state = {"step": step, "content_hash": corpus.content_hash, "tokenizer": corpus.tokenizer.text}
+    saver.save(step, trees, data=data_state, config=configs.to_dict(config))
 
 
 def check_finite(step: int, values: dict[str, jax.Array] | None, saver: checkpoint.Checkpointer) -> None:
