@@ -26,7 +26,7 @@ def loss_against_flops(arms: Sequence[Arm]) -> Figure:
         for run in arm.runs:
             axes.plot(np.array(run.steps) * arm.flops_per_step, run.losses, color=colour, alpha=0.4, linewidth=0.7)
         steps, losses = curve(arm)
-        label = f"{arm.name}, {len(arm.finished)} of {len(arm.runs)} seeds finished"
+        label = f"{arm.name} ({len(arm.finished)}/{len(arm.runs)} seeds)"
         axes.plot(steps * arm.flops_per_step, losses, color=colour, marker="o", markersize=3, label=label)
     dense = dense_arm(arms)
     target = None if dense is None else final_loss(dense)[0]

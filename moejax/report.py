@@ -22,7 +22,7 @@ Classes = Mapping[str, Sequence[str]] | None
 LOSS_FIGURE, LOAD_FIGURE = "loss.png", "expert_load.png"
 HEADER = (
     "arm", "seeds", "loss", "bits per byte", "tokens/s", "parameters", "active", "MFLOPs/token", "router MFLOPs",
-    "MaxVio", "dropped: train", "held-out", "PFLOPs trained", "PFLOPs to dense loss",
+    "MaxVio", "dropped: train", "dropped: held-out", "training FLOPs", "FLOPs to dense loss",
 )  # fmt: skip
 
 
@@ -96,8 +96,8 @@ def rows(arms: Sequence[Arm]) -> list[list[str]]:
                 over_seeds("max_violation", ".2f"),
                 over_seeds("train_dropped_fraction", ".1%"),
                 over_seeds("dropped_fraction", ".1%"),
-                f"{arm.flops_per_step * arm.config.train.steps / 1e15:.4g}",
-                "–" if reached is None else f"{reached / 1e15:.4g}",
+                f"{arm.flops_per_step * arm.config.train.steps:.3e}",
+                "–" if reached is None else f"{reached:.3e}",
             ]
         )
     return table
@@ -136,10 +136,10 @@ def conclusions(arms: Sequence[Arm], classes: Classes = None) -> list[str]:
         said.append(f"Partial: {done} of {total} runs are finished; the figures are of those alone.")
     pairs = comparisons(arms, classes)
     judged = [pair for pair in pairs if pair.low is not None]
-    if not judged:
+    if pairs and not judged:
         said.append(
-            "One seed ranks nothing: no two arms have two finished seeds in common, so a difference in loss between "
-            "arms can't be told from the difference another seed would make, and no arm is called better."
+            "One seed ranks nothing: a difference in loss between arms can't be told from the difference that another "
+            "seed would make, so no arm is called better."
         )
     for pair in judged:
         if pair.verdict != "not told apart":
@@ -186,8 +186,9 @@ def markdown(arms: Sequence[Arm], classes: Classes = None, title: str = "Ablatio
     sections.append(
         "Loss: held-out, nats per token, at the end; mean ± standard deviation over finished seeds. FLOPs: forward, "
         "per token. MaxVio: (largest load − mean load) / mean load on the held-out text, mean over layers. Dropped: "
-        "assignments lost to capacity, in the second half of training and on the held-out text. PFLOPs trained: 3 × "
-        "forward × tokens; to dense loss: where the held-out curve first comes down to the dense arm's final loss."
+        "assignments lost to capacity, in the second half of training and on the held-out text. Training FLOPs: 3 × "
+        "forward × tokens, without the router's; to dense loss: where the held-out curve first comes down to the dense "
+        "arm's final loss."
     )
     if classes is not None:
         sections.append("\n".join(f"- class {label!r}: {', '.join(names)}" for label, names in classes.items()))
@@ -206,12 +207,13 @@ def markdown(arms: Sequence[Arm], classes: Classes = None, title: str = "Ablatio
 
 
 def provenance(arms: Sequence[Arm]) -> list[str]:
-    """Date, text (with its content hash, and the interpreter that it is of) and machine of the finished runs."""
+    """Date, text (with its content hash, and the interpreter that it is of) machine and commit of the finished runs."""
     results = [run.result for arm in arms for run in arm.finished if run.result]
     lines = [f"written {time.strftime('%Y-%m-%d %H:%M %z')}"]
     lines += _distinct(f"data: {result['data']}" for result in results)
     lines += _distinct(_machine(result) for result in results)
-    return lines
+    commits = _distinct(result["environment"]["git_commit"] or "unknown" for result in results)
+    return lines + ([f"commit: {', '.join(commits)}"] if commits else [])
 
 
 def _machine(result: Mapping[str, Any]) -> str:
@@ -219,8 +221,7 @@ def _machine(result: Mapping[str, Any]) -> str:
     devices, packages = environment["devices"], environment["packages"]
     return (
         f"machine: {devices['count']} × {devices['kind']}, {result['cores']} host cores, {environment['platform']}, "
-        f"Python {environment['python']}, jax {packages['jax']}, flax {packages['flax']}, "
-        f"commit {environment['git_commit'] or 'unknown'}"
+        f"Python {environment['python']}, jax {packages['jax']}, flax {packages['flax']}"
     )
 
 
