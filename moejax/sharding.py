@@ -95,10 +95,24 @@ def batch_axes() -> tuple[str, ...]:
 
 
 def shardings(mesh: Mesh, boxed) -> dict:
-    """NamedShardings for a tree whose leaves may be boxed with logical names (`nn.with_logical_partitioning`)."""
-    specs = nn.get_partition_spec(boxed)
-    return jax.tree.map(
-        lambda s: NamedSharding(mesh, spec(tuple(s))), specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    """NamedShardings for a tree whose leaves may be boxed with logical names (`nn.with_logical_partitioning`).
+
+    Raises UserError, naming the parameter and the axes, where a size does not divide over the mesh.
+    """
+
+    def place(path, names, leaf):
+        found = spec(tuple(names))
+        for name, size, axes in zip(names, leaf.shape, found, strict=False):
+            parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+            if size % parts:
+                raise UserError(
+                    f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')}: axis {name!r} of size {size} "
+                    f"does not divide over mesh axis {axes!r} of size {parts}: change config.mesh or the model"
+                )
+        return NamedSharding(mesh, found)
+
+    return jax.tree_util.tree_map_with_path(
+        place, nn.get_partition_spec(boxed), nn.unbox(boxed), is_leaf=lambda s: isinstance(s, PartitionSpec)
     )
 
 
