@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -64,6 +65,14 @@ def batch(rows: int = 8, length: int = 16, seed: int = 0, padded: int = 0) -> di
         "mask": segments > 0,
         "target_bytes": int((segments > 0).sum()),
     }
+
+
+def write_text(folder: Path, files: int = 24) -> None:
+    """Text files that a small model can learn something of: sums, in a few words."""
+    folder.mkdir()
+    for i in range(files):
+        sums = (f"the sum of {a} and {i} is {a + i}.\n" for a in range(20))
+        (folder / f"{i:03}.txt").write_text("".join(sums))
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,0 +1,303 @@
+"""The training loop: a run that is stopped, killed, moved or damaged ends where the undisturbed one does."""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import small
+from jax.experimental.compilation_cache import compilation_cache
+
+from moejax import checkpoint, data, metrics, train
+from moejax.config import Config, MeshConfig
+from moejax.errors import UserError
+
+STEPS = 10
+# Logged at 3, 6, 9 and 10, saved at 4, 8 and 10: no checkpoint but the last falls on a line.
+EVERY = {"log_every": 3, "checkpoint_every": 4, "eval_every": 5, "eval_batches": 2}
+JSONL = ("metrics.jsonl", "evaluations.jsonl", "expert_load.jsonl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    """`run` compiles its own step each time: the same few programs are kept on disk for all tests of this file."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with text/*.txt, its cache, and the runs that tests share."""
+    folder = tmp_path_factory.mktemp("runs")
+    small.write_text(folder / "text")
+    return folder
+
+
+def config(place, name="dense", mesh=None, train=None, **fields) -> Config:
+    train = {"steps": STEPS, **EVERY, **(train or {})}
+    base = small.config(small.ROUTERS[name], model={"vocab_size": None}, train=train)
+    source = data.DataConfig(
+        source=f"text:{place}/text/*.txt", cache_dir=str(place / "cache"), sequence_length=16, batch_size=8
+    )
+    optimizer = dataclasses.replace(base.optimizer, decay_steps=None)
+    return dataclasses.replace(
+        base, data=source, optimizer=optimizer, mesh=mesh or MeshConfig(data=1), **fields
+    )
+
+
+def go(config, workdir, stop_at=None):
+    return train.run(config, workdir, stop_at=stop_at, progress=False)
+
+
+def lines(workdir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+def without_speed(workdir):
+    """Every line of the run's jsonl files, but for how fast it was."""
+    return {
+        name: [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(workdir, name)]
+        for name in JSONL
+        if (workdir / name).exists()
+    }
+
+
+def trees(workdir):
+    """All arrays of a run's newest checkpoint, by path, and its step."""
+    manifest = json.loads((newest(workdir) / checkpoint.MANIFEST).read_text())
+    found = {}
+    for name in train.TREES:
+        if (newest(workdir) / name).is_dir():
+            leaves = jax.tree_util.tree_leaves_with_path(checkpoint._read_numpy(newest(workdir) / name))
+            found |= {name + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return manifest["step"], found
+
+
+def newest(workdir):
+    return max((e for e in (workdir / "checkpoints").iterdir() if e.name.isdecimal()), key=lambda e: int(e.name))
+
+
+def assert_same_run(found, wanted):
+    """Bit for bit: parameters, optimizer state, router state, loads, and every line."""
+    assert without_speed(found) == without_speed(wanted)
+    (step, arrays), (other, reference) = trees(found), trees(wanted)
+    assert step == other
+    assert arrays.keys() == reference.keys()
+    for name, value in reference.items():
+        np.testing.assert_array_equal(arrays[name], value, err_msg=name)
+
+
+@functools.lru_cache
+def undisturbed(place, name):
+    workdir = place / f"{name}-undisturbed"
+    result = go(config(place, name), workdir)
+    assert result["step"] == STEPS and result["tokens_per_second"] > 0
+    return workdir
+
+
+@functools.lru_cache
+def interrupted(place, name):
+    """A run stopped after step 5: between lines, between checkpoints, and just after an evaluation."""
+    workdir = place / f"{name}-interrupted"
+    assert go(config(place, name), workdir, stop_at=5)["step"] == 5
+    return workdir
+
+
+def copy(workdir, tmp_path):
+    return shutil.copytree(workdir, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["dense", "aux_free"])
+def test_interrupted_and_resumed_is_the_undisturbed_run(place, tmp_path, name):
+    workdir = copy(interrupted(place, name), tmp_path)
+    assert newest(workdir).name == "5"
+    assert [line["step"] for line in lines(workdir)] == [3]
+    result = go(config(place, name), workdir)
+    assert_same_run(workdir, undisturbed(place, name))
+    assert [line["step"] for line in lines(workdir)] == [3, 6, 9, 10]
+    assert [line["step"] for line in lines(workdir, "evaluations.jsonl")] == [5, 10]
+    assert result["loss"] == lines(workdir, "evaluations.jsonl")[-1]["loss"]
+    _, arrays = trees(workdir)
+    if name == "aux_free":
+        biases = next(value for path, value in arrays.items() if path.startswith("router_state"))
+        assert 0 < np.abs(biases).max() <= STEPS * 0.01 + 1e-6  # the rule moved them, by 0.01 a step
+        # The load since the last line came through the checkpoint at 5: two layers, 3 steps · 8 · 16 tokens · top 2.
+        loads = {line["step"]: np.array(line["load"]) for line in lines(workdir, "expert_load.jsonl")}
+        np.testing.assert_array_equal(loads[6].sum(axis=1), [3 * 8 * 16 * 2] * 2)
+
+
+@pytest.mark.parametrize("name", ["dense", "aux_free"])
+def test_lines_have_every_field_once_and_learn(place, name):
+    found = lines(undisturbed(place, name))
+    sparse = {"load_balance_loss", "router_z_loss", "max_violation", "max_violation_per_layer", "dead_experts",
+              "dropped_fraction", "routing_entropy"}  # fmt: skip
+    for line in found:
+        assert tuple(line) == metrics.FIELDS
+        assert {field for field, value in line.items() if value is None} == (sparse if name == "dense" else set())
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert found[0]["learning_rate"] > found[-1]["learning_rate"] > 0
+    if name == "aux_free":
+        assert len(found[-1]["max_violation_per_layer"]) == 2
+
+
+@pytest.mark.parametrize(("name", "mesh"), [("dense", {"data": 4}), ("aux_free", {"data": 2, "fsdp": 2})])
+def test_a_run_goes_on_on_another_mesh(place, tmp_path, name, mesh):
+    workdir = copy(interrupted(place, name), tmp_path)
+    go(config(place, name, mesh=MeshConfig(**mesh)), workdir)
+    for found, wanted in zip(lines(workdir), lines(undisturbed(place, name)), strict=True):
+        np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)
+        np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-3)
+    (_, arrays), (_, reference) = trees(workdir), trees(undisturbed(place, name))
+    assert arrays.keys() == reference.keys()
+
+
+def test_a_longer_run_continues_the_schedule_and_does_not_bend_it(place, tmp_path):
+    workdir = copy(undisturbed(place, "dense"), tmp_path)
+    longer = config(place, train={"steps": 12})
+    go(longer, workdir)
+    stored = metrics.read_config(workdir)
+    assert (stored.train.steps, stored.optimizer.decay_steps) == (12, STEPS)
+    # The same as if 12 steps over a horizon of 10 had been asked for at once, but for the line that ended the first.
+    at_once = dataclasses.replace(longer, optimizer=dataclasses.replace(longer.optimizer, decay_steps=STEPS))
+    go(at_once, tmp_path / "at_once")
+    step, arrays = trees(workdir)
+    _, reference = trees(tmp_path / "at_once")
+    assert step == 12
+    for path, value in reference.items():
+        np.testing.assert_array_equal(arrays[path], value, err_msg=path)
+    found = {line["step"]: line for line in without_speed(workdir)["metrics.jsonl"]}
+    wanted = {line["step"]: line for line in without_speed(tmp_path / "at_once")["metrics.jsonl"]}
+    assert sorted(found) == [3, 6, 9, 10, 12] and sorted(wanted) == [3, 6, 9, 12]
+    assert all(found[step] == wanted[step] for step in wanted)
+
+
+def test_a_finished_run_is_evaluated_again_and_left_alone(place, tmp_path):
+    workdir = copy(undisturbed(place, "dense"), tmp_path)
+    before = without_speed(workdir)
+    result = go(config(place), workdir)
+    assert (result["step"], result["tokens_per_second"]) == (STEPS, None)
+    assert result["loss"] == lines(workdir, "evaluations.jsonl")[-1]["loss"]
+    assert without_speed(workdir) == before
+
+
+def test_init_from_starts_a_new_run_from_anothers_parameters(place, tmp_path):
+    source = undisturbed(place, "dense")
+    new = config(place, train={"init_from": str(source), "log_every": 1})
+    go(new, tmp_path / "new", stop_at=1)
+    first = lines(tmp_path / "new")[0]
+    assert first["step"] == 1  # its own steps, schedule and data, from the beginning
+    # The first batch is that of the first run, now seen by the trained parameters.
+    untrained = config(place, train={"log_every": 1})
+    go(untrained, tmp_path / "untrained", stop_at=1)
+    assert first["loss"] < lines(tmp_path / "untrained")[0]["loss"] - 0.1
+    assert first["learning_rate"] == lines(tmp_path / "untrained")[0]["learning_rate"]
+    with pytest.raises(UserError, match=r"train\.init_from=.*nowhere: there is no checkpoint"):
+        go(config(place, train={"init_from": str(tmp_path / "nowhere")}), tmp_path / "other")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(place, tmp_path, caplog):
+    workdir = copy(undisturbed(place, "dense"), tmp_path)
+    files = [file for file in (newest(workdir) / "params").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    with caplog.at_level(logging.WARNING, logger="moejax"):
+        go(config(place), workdir)
+    (record,) = caplog.records
+    assert "checkpoints/10 is damaged" in record.message and record.message.endswith("went back to step 8")
+    assert_same_run(workdir, undisturbed(place, "dense"))
+
+
+def test_a_full_disk_while_saving_costs_that_checkpoint_alone(place, tmp_path, caplog, monkeypatch):
+    """The disk is full while the manifest of step 4 is written, the last moment before the checkpoint would count."""
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with caplog.at_level(logging.WARNING, logger="moejax"):
+        result = go(config(place), tmp_path / "run")
+    (record,) = caplog.records
+    assert record.message.startswith("checkpoint of step 4 was not written (no space left on the disk)")
+    assert result["step"] == STEPS
+    assert_same_run(tmp_path / "run", undisturbed(place, "dense"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(place, tmp_path):
+    wild = config(place, train={"checkpoint_every": 1, "log_every": 1})
+    wild = dataclasses.replace(wild, optimizer=dataclasses.replace(wild.optimizer, learning_rate=1e30))
+    with pytest.raises(UserError, match=r"step \d+: the loss is .*, the gradient norm (nan|inf): stopped") as error:
+        go(wild, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    step = int(str(error.value).split()[1].rstrip(":"))
+    logged = lines(tmp_path / "run")
+    assert [line["step"] for line in logged] == list(range(1, step))
+    assert all(np.isfinite(line["loss"]) for line in logged)
+    saved, arrays = trees(tmp_path / "run")
+    assert saved == step - 1
+    assert all(np.all(np.isfinite(value)) for value in arrays.values())
+
+
+@pytest.mark.parametrize("name", ["total_loss", "grad_norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_each_kind_of_infinity_is_seen(place, tmp_path, name, value):
+    with checkpoint.Checkpointer(tmp_path) as saver, pytest.raises(UserError, match="step 7: .*stopped"):
+        train.check_finite(7, {"total_loss": 1.0, "grad_norm": 1.0} | {name: value}, saver)
+
+
+def test_another_config_is_refused_with_what_changed(place, tmp_path):
+    workdir = copy(interrupted(place, "dense"), tmp_path)
+    other = config(place, train={"accumulation_steps": 2}, seed=3)
+    other = dataclasses.replace(other, model=dataclasses.replace(other.model, width=64))
+    with pytest.raises(UserError) as error:
+        go(other, workdir)
+    for change in ("model.width: 32 -> 64", "seed: 0 -> 3", "train.accumulation_steps: 1 -> 2"):
+        assert change in str(error.value)
+    assert "\n" not in str(error.value)
+    assert lines(workdir) == lines(interrupted(place, "dense")), "the refused run touched the workdir"
+
+
+def test_changed_text_is_refused(place, tmp_path):
+    workdir = copy(interrupted(place, "dense"), tmp_path)
+    shutil.copytree(place / "text", tmp_path / "text")
+    stored = json.loads((workdir / "config.json").read_text())
+    stored["data"]["source"] = f"text:{tmp_path}/text/*.txt"
+    (workdir / "config.json").write_text(json.dumps(stored))
+    with (tmp_path / "text" / "000.txt").open("a") as file:
+        file.write("more\n")
+    changed = config(place)
+    changed = dataclasses.replace(
+        changed, data=dataclasses.replace(changed.data, source=f"text:{tmp_path}/text/*.txt")
+    )
+    with pytest.raises(UserError, match="the text has changed since step 5"):
+        go(changed, workdir)
+
+
+def test_a_batch_that_does_not_split_is_refused_before_anything_is_written(place, tmp_path):
+    with pytest.raises(UserError, match=r"data\.batch_size=8 must be a multiple of 16: 8 batch shards .* × 2"):
+        go(config(place, mesh=MeshConfig(data=8), train={"accumulation_steps": 2}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_held_out_is_trained_and_not_evaluated(place, tmp_path):
+    everything = config(place, train={"steps": 2})
+    everything = dataclasses.replace(everything, data=dataclasses.replace(everything.data, eval_fraction=0.0))
+    for _ in range(2):  # to its end, and once more
+        result = go(everything, tmp_path / "run")
+        assert result["step"] == 2 and "loss" not in result
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
