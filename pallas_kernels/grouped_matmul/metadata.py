@@ -6,14 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.grouped_matmul import schedule
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GroupMetadata:
-    """Rows [starts[e], ends[e]) belong to group e. starts, ends (E,) i32; rows from ends[-1] on belong to none."""
+    """Rows [starts[e], ends[e]) belong to group e. starts, ends (E,) i32; rows from ends[-1] on belong to none.
+
+    row_tiles: the Hopper kernel's `schedule.row_tiles`, where the platform is a GPU.
+    """
 
     starts: jax.Array
     ends: jax.Array
+    row_tiles: tuple[jax.Array, jax.Array] | None = None
 
 
 def group_metadata(group_sizes: jax.Array, M: int) -> GroupMetadata:
@@ -25,7 +31,9 @@ def group_metadata(group_sizes: jax.Array, M: int) -> GroupMetadata:
     if not isinstance(group_sizes, jax.core.Tracer):
         check_sizes(group_sizes, M)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
-    return GroupMetadata(starts=ends - group_sizes, ends=ends)
+    starts = ends - group_sizes
+    on_gpu = jax.default_backend() == "gpu"
+    return GroupMetadata(starts, ends, schedule.row_tiles(starts, ends, M) if on_gpu else None)
 
 
 def check_sizes(group_sizes: jax.Array, M: int) -> None:

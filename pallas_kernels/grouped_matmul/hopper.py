@@ -1,0 +1,193 @@
+"""What the Hopper kernels share: the ring of stages, one warp that loads, two warpgroups that multiply, the stores."""
+
+import dataclasses
+import functools
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+STEP = 64  # of the summed dimension, a stage
+_SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+_BLOCKS = 132  # streaming multiprocessors of an H100 or H200
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """turns: see the module. stages of the ring; pieces: staged (64, 64) pieces of the result, a warpgroup's own."""
+
+    turns: bool
+    stages: int
+    pieces: int = 2
+    blocks: int = _BLOCKS
+
+    @property
+    def columns(self) -> int:
+        """Of one block's tile."""
+        return 128 if self.turns else 256
+
+    @property
+    def cluster(self) -> int:
+        return 2 if self.turns else 1
+
+
+def launch(name, body, t: Tiling, out, a_shape, b_shape, dtype):
+    """The kernel around `body`, with its shared memory."""
+    piece = 128 // out.dtype.itemsize  # columns
+    swizzled = (plgpu.TilingTransform((8, piece)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
+    # whole pieces leave swizzled; a piece that has other groups' rows leaves by its own rows, which needs them plain
+    staging = plgpu.RefUnion(
+        plgpu.SMEM((t.pieces, 64, piece), out.dtype, transforms=swizzled), plgpu.SMEM((64, piece), out.dtype)
+    )
+    paired = t.cluster == 2
+    free: plgpu.ClusterBarrier | plgpu.Barrier
+    if paired:
+        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=1, num_barriers=t.stages)
+    else:
+        free = plgpu.Barrier(num_arrivals=2, num_barriers=t.stages)
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        grid=(t.blocks // t.cluster,),
+        grid_names=("block",),
+        cluster=(2,) if paired else (),
+        cluster_names=("pair",) if paired else (),
+        num_threads=3,
+        thread_name="warpgroup",
+        kernel_name=name,
+        scratch_types={
+            "a": plgpu.SMEM((t.stages, *a_shape), dtype, transforms=_SWIZZLED),
+            "b": plgpu.SMEM((t.stages, *b_shape), dtype, transforms=_SWIZZLED),
+            "staging": (staging, staging),
+            "ready": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages * (1 + t.turns)),
+            "free": free,
+        },
+    )
+
+
+def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
+    """Runs this block's share of `count` tiles: the loading warp and the two compute warpgroups.
+
+    info(lin) -> a tile's scalars; steps(tile): how many stages it takes; load(tile, k, slot, barrier) fills a slot;
+    compute(warpgroup, tile, accumulate), where accumulate(shape, operands, store) multiplies all its steps.
+    """
+    clusters = t.blocks // t.cluster
+    block = lax.axis_index("block")
+    mine = lax.div(count - block + (clusters - 1), jnp.int32(clusters))
+
+    def slot(step):
+        return lax.rem(step, jnp.int32(t.stages))
+
+    def walk(body):
+        """body(i, tile, steps before it) for every tile, the next one's scalars on their way meanwhile."""
+
+        def loop(i, carry):
+            tile, base = carry
+            following = info(block + (i + 1) * clusters)
+            body(i, tile, base)
+            return following, base + steps(tile)
+
+        return lax.fori_loop(0, mine, loop, (info(block), jnp.int32(0)))[1]
+
+    def producer():
+        plgpu.set_max_registers(40, action="decrease")
+
+        def loads(i, tile, base):
+            own = lax.rem(i, jnp.int32(2)) * t.stages if t.turns else 0
+
+            def step(k, _):
+                place = slot(base + k)
+                pl.when(base + k >= t.stages)(lambda: plgpu.barrier_wait(free.at[place]))
+                load(tile, k, place, ready.at[own + place])
+
+            lax.fori_loop(0, steps(tile), step, None)
+
+        def work():
+            total = walk(loads)
+            for place in range(t.stages):  # no block leaves while its neighbour may still signal it
+                pl.when(total > place)(functools.partial(plgpu.barrier_wait, free.at[place]))
+
+        plgpu.warp_map(lambda warp: pl.when(warp == 0)(work))
+
+    def consumer(wg):
+        plgpu.set_max_registers(232, action="increase")
+
+        def product(i, tile, base):
+            def accumulate(shape, operands, store):
+                total = steps(tile)
+
+                def step(acc, k):
+                    plgpu.barrier_wait(ready.at[(wg * t.stages if t.turns else 0) + slot(base + k)])
+                    plgpu.wgmma(acc, *operands(k, slot(base + k)))
+                    plgpu.wgmma_wait(1)
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[slot(base + k + (t.stages - 1))]))
+
+                def run(acc):
+                    lax.fori_loop(0, total, lambda k, _: step(acc, k), None)
+                    plgpu.wgmma_wait(0)
+                    pl.when(total > 0)(lambda: plgpu.barrier_arrive(free.at[slot(base + total + (t.stages - 1))]))
+                    store(acc[...])
+
+                pl.run_scoped(run, plgpu.ACC(shape))
+
+            if t.turns:
+                pl.when(lax.rem(i, jnp.int32(2)) == wg)(lambda: compute(wg, tile, accumulate))
+            else:
+                compute(wg, tile, accumulate)
+
+        walk(product)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    wg = lax.axis_index("warpgroup")
+    lax.cond(wg == 2, producer, lambda: lax.cond(wg == 0, lambda: consumer(0), lambda: consumer(1)))
+
+
+def column(t: Tiling, column):
+    """First column of this block's tile."""
+    return (column * 2 + lax.axis_index("pair")) * t.columns if t.cluster == 2 else column * t.columns
+
+
+def pair(t: Tiling) -> str | None:
+    return "pair" if t.cluster == 2 else None
+
+
+def store_whole(acc, out, at, stages, turn):
+    """acc (64, …) to out's rows and columns from `at` on; `turn`: how many rows this tile has stored before."""
+    row, column = at
+    pieces, _, wide = stages.shape
+    for i in range(acc.shape[1] // wide):
+        stage = stages.at[(i + turn // 64 * (acc.shape[1] // wide)) % pieces]
+        plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
+        stage[...] = acc[:, i * wide : (i + 1) * wide]
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(stage, out.at[pl.ds(row, 64), pl.ds(column + i * wide, wide)])
+
+
+def _store_some(acc, out, at, start, stop, stage):
+    """Of acc (64, …), the rows [start, stop): as many copies as the binary number of rows has ones."""
+    row, column = at
+    wide = stage.shape[1]
+    for i in range(acc.shape[1] // wide):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        stage[...] = acc[:, i * wide : (i + 1) * wide]
+        plgpu.commit_smem()
+        first = start
+        for size in (32, 16, 8, 4, 2, 1):
+            target = out.at[pl.ds(row + first, size), pl.ds(column + i * wide, wide)]
+            copy = functools.partial(plgpu.copy_smem_to_gmem, stage.at[pl.ds(first, size)], target)
+            pl.when(((stop - start) & size) != 0)(copy)
+            first = first + ((stop - start) & size)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def store_rows(acc, out, at, start, stop, stages, plain):
+    """acc's rows [start, stop) to out's rows and columns from `at` on."""
+    row, column = at
+    for r in range(0, acc.shape[0], 64):
+        part, here = acc[r : r + 64], (row + r, column)
+        first, last = jnp.maximum(start - r, 0), jnp.minimum(stop - r, 64)
+        whole = last - first == 64
+        pl.when(whole)(functools.partial(store_whole, part, out, here, stages, r))
+        some = functools.partial(_store_some, part, out, here, first, last, plain)
+        pl.when((last > first) & jnp.logical_not(whole))(some)

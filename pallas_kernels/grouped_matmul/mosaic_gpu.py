@@ -1,0 +1,173 @@
+"""Grouped products on Hopper, in Mosaic GPU: persistent blocks, one warp that loads, two warpgroups that multiply.
+
+The loading warp runs ahead through a ring of shared-memory stages, over tile boundaries, so that the loads of the next
+tile hide behind the multiplication of this one. Two ways to multiply:
+- *turns*: each warpgroup has tiles of its own, 128 × 128, and stores one while the other multiplies. Two blocks of a
+  cluster take neighbouring columns of the same rows, which the copy engine sends to both. For short sums, where storing
+  would otherwise be a good part of the time.
+- together: each warpgroup has 64 rows of a 128 × 256 tile. Fewer bytes through shared memory; for long sums.
+
+Limits: Hopper; bfloat16 or float16; K and N multiples of 64.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.grouped_matmul import hopper, schedule
+from pallas_kernels.grouped_matmul.hopper import Tiling
+from pallas_kernels.grouped_matmul.metadata import GroupMetadata
+
+_ROWS = schedule.ROWS
+_STEP = hopper.STEP
+TURNS, TOGETHER = Tiling(turns=True, stages=6), Tiling(turns=False, stages=4)
+
+
+def tiling(K: int, N: int, out_dtype) -> Tiling:
+    """The faster of the two on an H200 (README.md): few columns over a long sum are the one case for TOGETHER."""
+    return TOGETHER if K >= 2048 and N <= 1024 and jnp.dtype(out_dtype).itemsize == 2 else TURNS
+
+
+def why_not(lhs, rhs, transpose_rhs: bool) -> str | None:
+    """None where `forward` and `drhs` run these; else what they would need."""
+    del transpose_rhs  # either way round
+    if lhs.dtype not in (jnp.bfloat16, jnp.float16):
+        return "it needs bfloat16 or float16"
+    if rhs.shape[1] % 64 or rhs.shape[2] % 64:
+        return "it needs K and N in multiples of 64"
+    return None if _hopper() else "it needs a Hopper GPU"
+
+
+def _hopper() -> bool:
+    device = jax.devices()[0]
+    return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
+
+
+def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_dtype, tiles: Tiling | None = None):
+    """(M, K) × (E, K, N) -> (M, N); with transpose_rhs, rhs is (E, N, K), read as it lies."""
+    del group_sizes
+    (M, K), N = lhs.shape, rhs.shape[1 if transpose_rhs else 2]
+    t = tiles or tiling(K, N, out_dtype)
+    spare = -M % 8  # the copy engine takes rows in eights
+    table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
+    weights = (t.columns, _STEP) if transpose_rhs else (_STEP, t.columns)
+    out = jax.ShapeDtypeStruct((M + spare, N), out_dtype)
+    body = functools.partial(_forward_kernel, t, transpose_rhs)
+    kernel = hopper.launch("grouped_matmul", body, t, out, (_ROWS, _STEP), weights, lhs.dtype)
+    return kernel(*table, jnp.pad(lhs, ((0, spare), (0, 0))), rhs)[:M]
+
+
+def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tiling | None = None):
+    """(M, K), (M, N) -> (E, K, N): each group's lhsᵀ · grad.
+
+    An infinity or NaN in one group's rows may reach the groups beside it: between groups only lhs is masked, since
+    masking grad as well took 7–14% on an H200. Nothing past the sum reaches any.
+    """
+    (M, K), N = lhs.shape, grad.shape[1]
+    t = tiles or TURNS
+    spare = ((0, -M % 8), (0, 0))
+    out = jax.ShapeDtypeStruct((*group_sizes.shape, K, N), out_dtype)
+    body = functools.partial(_drhs_kernel, t)
+    kernel = hopper.launch("grouped_matmul_drhs", body, t, out, (_STEP, _ROWS), (_STEP, t.columns), lhs.dtype)
+    return kernel(metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare))
+
+
+def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a, b, staging, ready, free):
+    E, N, depth = rhs.shape[0], out.shape[1], lhs.shape[1] // _STEP
+    columns = pl.cdiv(N, t.columns * t.cluster)
+
+    def info(lin):
+        some = jnp.minimum(lax.div(lin, jnp.int32(columns)), tiles.shape[0] - 1)
+        tile, column = schedule.place(lin, tiles[some, 4], tiles[some, 5], columns)
+        tile = jnp.minimum(tile, tiles.shape[0] - 1)
+        return tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3], column
+
+    def steps(tile):
+        return jnp.where(tile[0] < E, depth, 0)
+
+    def load(tile, k, slot, barrier):
+        group, row, _, _, column = tile
+        step, wide = pl.ds(k * _STEP, _STEP), pl.ds(hopper.column(t, column), t.columns)
+        plgpu.copy_gmem_to_smem(
+            lhs.at[pl.ds(row * 8, _ROWS), step], a.at[slot], barrier, collective_axes=hopper.pair(t)
+        )
+        block = rhs.at[group, wide, step] if transpose_rhs else rhs.at[group, step, wide]
+        plgpu.copy_gmem_to_smem(block, b.at[slot], barrier)
+
+    def compute(wg, tile, accumulate):
+        _, row, start, stop, column = tile
+        first, rows = (0, _ROWS) if t.turns else (wg * 64, 64)
+
+        def operands(_, slot):
+            return a.at[slot, pl.ds(first, rows)], b.at[slot].transpose((1, 0)) if transpose_rhs else b.at[slot]
+
+        def store(acc):
+            at = row * 8 + first, hopper.column(t, column)
+            hopper.store_rows(acc.astype(out.dtype), out, at, start - first, stop - first, *staging[wg])
+
+        accumulate((rows, t.columns), operands, store)
+
+    hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free)
+
+
+def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, ready, free):
+    E, K, N = out.shape
+    columns, down = pl.cdiv(N, t.columns * t.cluster), pl.cdiv(K, _ROWS)
+    total = ends[E - 1]
+    sweep = max(size for size in range(1, min(schedule.WIDTH, down) + 1) if down % size == 0)
+
+    def info(lin):
+        group = jnp.minimum(lax.div(lin, jnp.int32(columns * down)), E - 1)
+        within = lin - group * (columns * down)
+        first = lax.div(within, jnp.int32(sweep * columns)) * sweep
+        tile, column = schedule.place(within, first, jnp.int32(sweep), columns)
+        return group, lax.div(starts[group], jnp.int32(8)), starts[group], ends[group], tile, column
+
+    def steps(tile):
+        _, eighth, start, end, _, _ = tile
+        return jnp.where(end > start, lax.div(end - eighth * 8 + (_STEP - 1), jnp.int32(_STEP)), 0)
+
+    def load(tile, k, slot, barrier):
+        _, eighth, _, _, down, column = tile
+        rows = pl.ds((eighth + k * 8) * 8, _STEP)
+        plgpu.copy_gmem_to_smem(
+            lhs.at[rows, pl.ds(down * _ROWS, _ROWS)], a.at[slot], barrier, collective_axes=hopper.pair(t)
+        )
+        plgpu.copy_gmem_to_smem(grad.at[rows, pl.ds(hopper.column(t, column), t.columns)], b.at[slot], barrier)
+
+    def compute(wg, tile, accumulate):
+        group, eighth, start, end, down, column = tile
+
+        def operands(k, slot):
+            row = eighth * 8 + k * _STEP
+
+            def mask():
+                # zeros in one factor do between groups; past the sum the other may hold anything, NaN too
+                _keep_rows(a.at[slot], start - row, end - row)
+                pl.when((row + _STEP > total) & (total < lhs.shape[0]))(
+                    lambda: _keep_rows(b.at[slot], start - row, end - row)
+                )
+                plgpu.commit_smem()
+
+            pl.when((row < start) | (row + _STEP > end))(mask)
+            return a.at[slot].transpose((1, 0)), b.at[slot]
+
+        def store(acc):
+            for r in range(0, _ROWS, 64):
+                at = down * _ROWS + r, hopper.column(t, column)
+                hopper.store_whole(acc[r : r + 64].astype(out.dtype), out.at[group], at, staging[wg][0], r)
+
+        accumulate((_ROWS, t.columns), operands, store)
+
+    hopper.pipeline(t, E * columns * down, info, steps, load, compute, ready, free)
+
+
+def _keep_rows(ref, start, stop):
+    """Zeros in the other rows of a (64, …) stage."""
+    value = ref[...]
+    row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, value.shape, 0), plgpu.Layout.WGMMA)
+    ref[...] = jnp.where((row >= start) & (row < stop), value, jnp.zeros_like(value))

@@ -1,0 +1,52 @@
+"""Which row tiles a grouped product has, and in which order a kernel takes them: a few small XLA operations.
+
+A tile is 128 rows that start at a multiple of 8, as the copy engine wants them; a group's tiles start at the last such
+multiple before the group's own first row, so only its first and last tile hold rows of others.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ROWS = 128
+WIDTH = 16  # row tiles in a sweep: their rows stay in the cache while the columns pass
+_ALIGN = 8
+
+
+def row_tiles(starts: jax.Array, ends: jax.Array, M: int) -> tuple[jax.Array, jax.Array]:
+    """How many row tiles there are, (1,) i32, and the tiles, (T, 6) i32, T a bound known beforehand.
+
+    The columns: group (E: rows past the sum, which are to become zeros), first row / 8, the first and the last + 1 of
+    the tile's rows that are the group's, and the sweep that the tile belongs to: its first tile and how many there are.
+    A sweep is at most WIDTH tiles of one group. starts, ends (E,) i32: the groups' rows.
+    """
+    E = ends.shape[0]
+    starts = jnp.append(starts, ends[-1])
+    ends = jnp.append(ends, jnp.int32(M))
+    aligned = starts // _ALIGN * _ALIGN
+    count = jnp.where(ends > starts, -(-(ends - aligned) // ROWS), 0)
+    stop = jnp.cumsum(count, dtype=jnp.int32)
+
+    tile = jnp.arange((M + (ROWS + _ALIGN - 2) * (E + 1)) // ROWS + 1, dtype=jnp.int32)
+    group = jnp.sum(stop[None, :] <= tile[:, None], axis=1, dtype=jnp.int32)  # no searchsorted: it fails in shard_map
+    per_group = jnp.stack([starts, ends, aligned, count, stop - count], axis=1)
+    start, end, first_row, tiles, begin = per_group[jnp.minimum(group, E)].T
+    row = first_row + (tile - begin) * ROWS
+    sweeps = jnp.maximum(-(-tiles // WIDTH), 1)
+    size = jnp.maximum(-(-tiles // sweeps), 1)
+    sweep = (tile - begin) // size * size
+    columns = [
+        group,
+        row // _ALIGN,
+        jnp.maximum(start - row, 0),
+        jnp.minimum(end - row, ROWS),
+        begin + sweep,
+        jnp.maximum(jnp.minimum(size, tiles - sweep), 1),
+    ]
+    return stop[-1:], jnp.stack(columns, axis=1)
+
+
+def place(lin, sweep, size, columns: int):
+    """(tile, column) of the linear index `lin` within its sweep: down the rows first, then on to the next column."""
+    within = lin - sweep * columns
+    return sweep + lax.rem(within, size), lax.div(within, size)

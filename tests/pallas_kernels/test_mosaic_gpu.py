@@ -1,0 +1,201 @@
+"""The Hopper kernels: in the interpreter with its race detector on a CPU, and on a GPU (`pytest -m gpu`)."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, mosaic_gpu, schedule
+
+# the interpreter multiplies poisoned rows in numpy, which says so
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow).* encountered in matmul:RuntimeWarning")
+
+TILINGS = {"turns": mosaic_gpu.TURNS, "together": mosaic_gpu.TOGETHER}
+
+
+def operands(sizes, M, K, N, seed=0, dtype=jnp.bfloat16):
+    """lhs, rhs, grad; NaN or infinity in the rows past the sum."""
+    rng = np.random.default_rng(seed)
+    lhs, grad = rng.normal(size=(M, K)), rng.normal(size=(M, N))
+    lhs[sum(sizes) :], grad[sum(sizes) :] = np.nan, np.inf
+    return tuple(jnp.asarray(x, dtype) for x in (lhs, rng.normal(size=(len(sizes), K, N)), grad))
+
+
+def exact(lhs, rhs, grad, sizes):
+    """out, dlhs, drhs in float64, by a loop."""
+    lhs, rhs, grad = (np.asarray(x.astype(jnp.float32), np.float64) for x in (lhs, rhs, grad))
+    out, dlhs, drhs = np.zeros(grad.shape), np.zeros(lhs.shape), np.zeros(rhs.shape)
+    ends = np.cumsum(sizes)
+    for g, rows in enumerate(map(slice, ends - sizes, ends)):
+        out[rows], dlhs[rows], drhs[g] = lhs[rows] @ rhs[g], grad[rows] @ rhs[g].T, lhs[rows].T @ grad[rows]
+    return out, dlhs, drhs
+
+
+def assert_close(got, want, bound=3e-3):
+    """Relative to the whole: rounding a result to bfloat16 is 1.7e-3."""
+    got = np.asarray(got.astype(jnp.float32), np.float64)
+    assert got.shape == want.shape
+    assert np.isfinite(got).all()
+    assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
+
+
+def interpreted(function, capfd):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        result = jax.block_until_ready(function())
+    printed = capfd.readouterr()
+    assert "RACE DETECTED" not in printed.out + printed.err
+    return result
+
+
+# 70 | 0 | 51: a whole tile's half and a part, an empty group, unaligned starts, 7 rows past the sum; with 70 + 51 rows
+# the second group's tile starts at row 64. 3 | 5 | 60: groups within one group of eight. M = 99: off the eight.
+@pytest.mark.parametrize("sizes, M, N", [((70, 0, 51), 128, 256), ((3, 5, 60), 128, 192), ((0, 99, 0), 99, 128)])
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_forward(sizes, M, N, tiling, capfd):
+    lhs, rhs, grad = operands(sizes, M, 128, N)
+    sizes = np.array(sizes, np.int32)
+    metadata = group_metadata(jnp.asarray(sizes), M)
+    tiles = dataclasses.replace(TILINGS[tiling], blocks=2)
+    out = interpreted(
+        lambda: mosaic_gpu.forward(lhs, rhs, jnp.asarray(sizes), metadata, False, jnp.bfloat16, tiles), capfd
+    )
+    want = exact(lhs, rhs, grad, sizes)[0]
+    assert_close(out, want)
+    assert (np.asarray(out[sizes.sum() :].astype(jnp.float32)) == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(70, 0, 51), (128, 0, 0), (1, 2, 3)])
+def test_gradients_through_the_public_function(sizes, capfd, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_hopper", lambda: True)
+    monkeypatch.setattr(mosaic_gpu, "TURNS", dataclasses.replace(mosaic_gpu.TURNS, blocks=2))
+    lhs, rhs, grad = operands(sizes, 128, 128, 128)
+    sizes = np.array(sizes, np.int32)
+
+    def run():
+        product = functools.partial(grouped_matmul, group_sizes=jnp.asarray(sizes), implementation="mosaic_gpu")
+        out, pull = jax.vjp(product, lhs, rhs)
+        return out, *pull(grad)
+
+    got = interpreted(run, capfd)
+    for ours, want in zip(got, exact(lhs, rhs, grad, sizes), strict=True):
+        assert_close(ours, want)
+    assert (np.asarray(got[2].astype(jnp.float32))[sizes == 0] == 0).all()
+
+
+def test_transposed_weights_are_read_as_they_lie(capfd):
+    sizes = np.array([70, 0, 51], np.int32)
+    lhs, rhs, grad = operands(sizes, 128, 128, 128)
+    metadata = group_metadata(jnp.asarray(sizes), 128)
+    tiles = dataclasses.replace(mosaic_gpu.TURNS, blocks=2)
+    turned = jnp.swapaxes(rhs, 1, 2)
+    out = interpreted(
+        lambda: mosaic_gpu.forward(lhs, turned, jnp.asarray(sizes), metadata, True, jnp.float32, tiles), capfd
+    )
+    assert out.dtype == jnp.float32
+    assert_close(out, exact(lhs, rhs, grad, sizes)[0], 1e-5)
+
+
+def test_row_tiles_by_hand():
+    # rows 0-129 | none | 130-299, then 20 rows of nobody: tiles of 128 from rows 0, 128 | 128 (130 down to an eight),
+    # 256 | 296 (300 down to an eight)
+    sizes = jnp.array([130, 0, 170], jnp.int32)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    count, tiles = schedule.row_tiles(ends - sizes, ends, 320)
+    assert count == 5
+    np.testing.assert_array_equal(
+        tiles[:5],
+        [[0, 0, 0, 128, 0, 2], [0, 16, 0, 2, 0, 2], [2, 16, 2, 128, 2, 2], [2, 32, 0, 44, 2, 2], [3, 37, 4, 24, 4, 1]],
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_row_tiles_cover_every_row_once(seed):
+    rng = np.random.default_rng(seed)
+    M = int(rng.integers(1, 5000))
+    sizes = rng.multinomial(rng.integers(0, M + 1), rng.dirichlet(np.full(9, 0.3))).astype(np.int32)
+    ends = np.cumsum(sizes)
+    count, tiles = schedule.row_tiles(jnp.asarray(ends - sizes, jnp.int32), jnp.asarray(ends, jnp.int32), M)
+    assert count <= tiles.shape[0]
+    owner = np.full(M, -1)
+    for group, eighth, start, stop, sweep, size in np.asarray(tiles)[: int(count[0])]:
+        assert 0 <= start < stop <= schedule.ROWS
+        rows = slice(eighth * 8 + start, eighth * 8 + stop)
+        assert (owner[rows] == -1).all()
+        owner[rows] = group
+        assert 1 <= size <= schedule.WIDTH
+        assert set(np.asarray(tiles)[sweep : sweep + size, 0]) == {group}
+    np.testing.assert_array_equal(owner, np.repeat(np.arange(10), [*sizes, M - sizes.sum()]))
+
+
+def test_place_takes_every_tile_once():
+    count, tiles = schedule.row_tiles(jnp.array([0, 2500]), jnp.array([2500, 2600]), 2600)
+    lin = jnp.arange(int(count[0]) * 3)
+    first, size = tiles[lin // 3, 4], tiles[lin // 3, 5]
+    tile, column = schedule.place(lin, first, size, 3)
+    assert len(set(zip(tile.tolist(), column.tolist(), strict=True))) == len(lin)
+    assert int(jnp.max(tile)) == int(count[0]) - 1
+
+
+@pytest.mark.parametrize(
+    "dtype, K, N, need", [(jnp.float32, 64, 64, "bfloat16 or float16"), (jnp.bfloat16, 64, 96, "multiples of 64")]
+)
+def test_refuses_what_it_cannot_take(dtype, K, N, need):
+    lhs, rhs, _ = operands((8,), 8, K, N, dtype=dtype)
+    with pytest.raises(NotImplementedError, match=need):
+        grouped_matmul(lhs, rhs, jnp.array([8], jnp.int32), implementation="mosaic_gpu")
+
+
+def test_refuses_this_machine():
+    lhs, rhs, _ = operands((8,), 8, 64, 64)
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU; implementation='blocks' would"):
+        grouped_matmul(lhs, rhs, jnp.array([8], jnp.int32), implementation="mosaic_gpu")
+
+
+@functools.partial(jax.jit, static_argnames="transpose_rhs")
+def _value_and_gradients(lhs, rhs, grad, sizes, transpose_rhs=False):
+    def product(lhs, rhs):
+        return grouped_matmul(lhs, rhs, sizes, transpose_rhs=transpose_rhs, implementation="mosaic_gpu")
+
+    out, pull = jax.vjp(product, lhs, rhs)
+    return out, *pull(grad)
+
+
+@pytest.mark.gpu
+def test_random_sizes_on_a_gpu():
+    """200 draws at one compiled shape: values and both gradients, bit-equal in three runs."""
+    M, E, K, N = 1000, 12, 192, 320
+    rng = np.random.default_rng(0)
+    for draw in range(200):
+        total = M if draw % 2 else int(rng.integers(0, M + 1))
+        sizes = rng.multinomial(total, rng.dirichlet(np.full(E, 0.4))).astype(np.int32)
+        args = operands(sizes, M, K, N, draw)
+        got = _value_and_gradients(*args, jnp.asarray(sizes))
+        for ours, want in zip(got, exact(*args, sizes), strict=True):
+            assert_close(ours, want, 2.5e-3)
+        if draw < 20:
+            for _ in range(2):
+                again = _value_and_gradients(*args, jnp.asarray(sizes))
+                assert all((a == b).all() for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+@pytest.mark.parametrize("M, E, K, N", [(2, 8, 256, 512), (1024, 4, 2048, 768), (4096, 8, 704, 1408)])
+def test_shapes_on_a_gpu(M, E, K, N, dtype):
+    sizes = np.random.default_rng(M).multinomial(M, np.full(E, 1 / E)).astype(np.int32)
+    args = operands(sizes, M, K, N, dtype=dtype)
+    for ours, want in zip(_value_and_gradients(*args, jnp.asarray(sizes)), exact(*args, sizes), strict=True):
+        assert_close(ours, want, 2.5e-3)
+
+
+@pytest.mark.gpu
+def test_the_kernels_run_and_none_else():
+    args = operands((64, 64), 128, 128, 128)
+    text = _value_and_gradients.lower(*args, jnp.array([64, 64], jnp.int32)).compile().as_text()
+    assert "grouped_matmul_drhs" in text
+    assert " dot(" not in text and "cublas" not in text and "transpose(" not in text
