@@ -143,7 +143,7 @@ class Attention(nn.Module):
         def project(name, heads, axis):
             init, shape = layers.fan_in_init(0, (1, 2), self.init_scale), (width, heads, self.head_dim)
             kernel = layers.parameter(self, name, init, shape, ("embed", axis, "head_dim"))
-            return jnp.einsum("bld,dhk->blhk", x, kernel.astype(self.dtype))
+            return layers.linear(x, kernel)
 
         x = x.astype(self.dtype)
         q = project("query", self.num_heads, "heads")
@@ -159,7 +159,7 @@ class Attention(nn.Module):
             out = attend(q, k, v, segment_ids, implementation=self.implementation)
         init, shape = layers.fan_in_init((0, 1), 2, self.init_scale), (self.num_heads, self.head_dim, width)
         kernel = layers.parameter(self, "out", init, shape, ("heads", "head_dim", "embed"))
-        out = jnp.einsum("blhk,hkd->bld", out, kernel.astype(self.dtype))
+        out = layers.linear(out, kernel, inputs=2)
         return sharding.constrain(out, "batch", "length", "activation")
 
     def _cached(self, q, k, v, positions, cache_length):

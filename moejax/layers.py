@@ -1,5 +1,6 @@
 """Small layers that every family shares: norm, rotary positions, SwiGLU, embedding."""
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,6 +26,21 @@ def parameter(
 ) -> jax.Array:
     """A float32 parameter of `module`, annotated with its logical axes (the table is in sharding.py)."""
     return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
+
+
+def linear(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None, inputs: int = 1) -> jax.Array:
+    """x (…, *in) times kernel (*in, *out) over its first `inputs` axes, as one matrix product of T rows.
+
+    kernel is cast to x's dtype. On CPU the weight gradient of a product over (B, L) takes almost twice as long as the
+    same over T = B·L (410 against 231 ms of processor time for a SwiGLU of D 256, F 1024, T 4096).
+    """
+    rows, into = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+    flat = jnp.matmul(
+        x.reshape(math.prod(rows), -1),
+        kernel.astype(x.dtype).reshape(-1, math.prod(into)),
+        preferred_element_type=out_dtype,
+    )
+    return flat.reshape(*rows, *into)
 
 
 class RMSNorm(nn.Module):
@@ -64,8 +80,7 @@ class GatedFFN(nn.Module):
         up = parameter(self, "up", init, (width, self.hidden), ("embed", "mlp"))
         down = parameter(self, "down", init, (self.hidden, width), ("mlp", "embed"))
         x = x.astype(self.dtype)
-        hidden = nn.silu(x @ gate.astype(self.dtype)) * (x @ up.astype(self.dtype))
-        return hidden @ down.astype(self.dtype)
+        return linear(nn.silu(linear(x, gate)) * linear(x, up), down)
 
 
 class Embedding(nn.Module):
@@ -85,6 +100,4 @@ class Embedding(nn.Module):
         return sharding.constrain(rows, "batch", "length", "activation")
 
     def attend(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum(
-            "bld,vd->blv", x, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32
-        )
+        return linear(x, self.embedding.T, jnp.float32)

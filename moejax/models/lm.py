@@ -114,7 +114,7 @@ class LM(nn.Module):
             else:
                 init, shape = layers.fan_in_init(0, 1, config.init_scale), (config.width, config.vocab_size)
                 kernel = layers.parameter(self, "unembedding", init, shape, ("embed", "vocab"))
-                logits = jnp.einsum("bld,dv->blv", x, kernel.astype(dtype), preferred_element_type=jnp.float32)
+                logits = layers.linear(x, kernel, jnp.float32)
         if return_losses:
             return logits, jax.tree.map(jnp.mean, losses)
         return logits
