@@ -121,6 +121,8 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
     if "Configuration is not available" in text or "Failed loading config file" in text:
         files = [a.split("=", 1)[-1] for a in argv if re.match(r"--?config=", a)] or ["--config"]
         return f"config file {files[0]} can't be opened; give one of experiments/configs/*.py or your own"
+    if isinstance(error, flags.Error) and "must have a value other than None" in text:
+        return " ".join(text.split()).removeprefix("flag ")  # a flag that is required
     if any(path.startswith("model.moe.") for path in given) and ("None" in text or "NoneType" in text):
         return (
             "config.model.moe is None (a dense model), so its fields can't be set; start from a sparse config such as "

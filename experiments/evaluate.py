@@ -8,11 +8,14 @@ With --json the last line is one JSON object with step, loss (nats per target), 
 
 import dataclasses
 import json
+import math
 
+import jax
+import jax.numpy as jnp
 from absl import flags
 
 from experiments import cli
-from moejax import checkpoint, data, sharding
+from moejax import checkpoint, data, sharding, train
 from moejax import config as configs
 from moejax.errors import UserError
 from moejax.evaluate import evaluate
@@ -30,12 +33,14 @@ def main() -> None:
         raise UserError(f"--workdir={WORKDIR.value}: there is no checkpoint; train first with experiments/train.py")
     config = configs.with_experts_per_token(configs.from_config_dict(found.config), EXPERTS.value)
     corpus = data.prepare(config.data)
+    model, mesh = LM(config.model), mesh_at_hand(config)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     result = evaluate(
-        LM(config.model),
-        found.trees["params"],
-        found.trees.get("router_state", {}),
+        model,
+        jax.device_put(found.trees["params"], sharding.shardings(mesh, boxed["params"])),
+        jax.device_put(found.trees.get("router_state", {}), sharding.replicated(mesh)),
         data.eval_batches(corpus, config.data, BATCHES.value),
-        sharding.make_mesh(dataclasses.asdict(config.mesh)),
+        mesh,
     )
     print(f"{WORKDIR.value}, step {found.step}, on {corpus.description}")
     for name, value in result.items():
@@ -43,6 +48,16 @@ def main() -> None:
             print(f"  {name:20} {value:.4f}" if isinstance(value, float) else f"  {name:20} {value}")
     if JSON.value:
         print(json.dumps({"step": found.step} | result))
+
+
+def mesh_at_hand(config: configs.Config) -> jax.sharding.Mesh:
+    """The mesh of the run or, where other devices are there, as many data shards as they and the batch allow."""
+    try:
+        mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+        train.check_batch(config, mesh)
+    except UserError:
+        return sharding.make_mesh({"data": math.gcd(config.data.batch_size, jax.device_count())})
+    return mesh
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 
 import sys
 
+import jax
 from absl import flags
 
 from experiments import cli
@@ -40,7 +41,7 @@ def main() -> None:
     print(PROMPT.value, end="", flush=True)
     generate(
         LM(config.model),
-        found.trees,
+        jax.device_put(found.trees),  # once, not with every token
         [[tokenizer.end_of_document, *tokenizer.encode(PROMPT.value)]],
         NEW.value,
         temperature=TEMPERATURE.value,

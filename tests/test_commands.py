@@ -1,0 +1,139 @@
+"""The commands, as a user types them: train, continue, evaluate, generate; and one line for each mistake."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import small
+from processes import ROOT, Server
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "--config.model.num_layers=1", "--config.model.width=32", "--config.model.ffn_width=32",
+    "--config.data.sequence_length=16", "--config.data.batch_size=8", "--config.train.steps=6",
+    "--config.train.log_every=2", "--config.train.checkpoint_every=4", "--config.train.eval_batches=2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("commands")) as server:
+        small.write_text(server.folder / "text")
+        yield server
+
+
+def command(server, name="fine_grained_aux_free", *more):
+    source = f"--config.data.source=text:{server.folder}/text/*.txt"
+    moe = [] if name == "dense" else ["--config.model.moe.num_experts=8"]
+    return [f"--config=experiments/configs/{name}.py", *SMALL, *moe, source, *more]
+
+
+@pytest.fixture(scope="module")
+def trained(server):
+    workdir = server.folder / "run"
+    ended = server.run("train.py", *command(server), f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    assert "Traceback" not in ended.err and "warning" not in ended.err
+    assert "step 6: held-out loss" in ended.err
+    return workdir
+
+
+def steps(workdir):
+    return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_same_command_again_continues(server, trained, tmp_path):
+    assert steps(trained) == [2, 4, 6]
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    ended = server.run("train.py", *command(server), "--config.train.steps=8", f"--workdir={workdir}")
+    assert ended.code == 0, ended.err
+    assert steps(workdir) == [2, 4, 6, 8]
+    assert json.loads((workdir / "config.json").read_text())["optimizer"]["decay_steps"] == 6
+
+
+def test_evaluate_ends_with_one_json_object(server, trained):
+    ended = server.run("evaluate.py", f"--workdir={trained}", "--json")
+    assert ended.code == 0, ended.err
+    last = json.loads(ended.out.splitlines()[-1])
+    assert last["step"] == 6
+    assert 0 < last["loss"] < 6 and 0 < last["bits_per_byte"] < 10 and last["max_violation"] > 0
+    # the whole of the held-out text here, two batches of it in training: the same text, so nearly the same loss
+    in_training = json.loads((trained / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert abs(last["loss"] - in_training["loss"]) < 0.5
+    other = server.run("evaluate.py", f"--workdir={trained}", "--json", "--experts_per_token=1", "--batches=1")
+    assert other.code == 0, other.err
+    assert json.loads(other.out.splitlines()[-1])["loss"] != last["loss"]
+
+
+def test_a_run_is_evaluated_on_whatever_devices_are_there(server, trained, tmp_path):
+    """Its config asks for four devices; here is one."""
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    manifest = workdir / "checkpoints" / "6" / "checkpoint.json"
+    stored = json.loads(manifest.read_text())
+    stored["config"]["mesh"] |= {"data": 2, "fsdp": 2}
+    manifest.write_text(json.dumps(stored))
+    here, there = (server.run("evaluate.py", f"--workdir={w}", "--json") for w in (trained, workdir))
+    assert there.code == 0, there.err
+    assert json.loads(here.out.splitlines()[-1]) == json.loads(there.out.splitlines()[-1])
+
+
+def test_generate_from_a_copy_of_the_checkpoint_alone(server, trained, tmp_path):
+    shutil.copytree(trained / "checkpoints" / "6", tmp_path / "copy")
+    arguments = [f"--workdir={tmp_path / 'copy'}", "--prompt=the sum ", "--max_new_tokens=8"]
+    greedy, again = (server.run("generate.py", *arguments) for _ in range(2))
+    assert greedy.code == 0, greedy.err
+    assert greedy.out == again.out
+    assert greedy.out.startswith("the sum ") and len(greedy.out) > len("the sum ")
+
+
+def test_mistakes_are_one_line_and_lose_nothing(server, trained, tmp_path):
+    new = f"--workdir={tmp_path / 'new'}"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").write_text("")
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "a.txt").write_text("too short")
+
+    def source(text):
+        return f"--config.data.source=text:{text}"
+
+    def train(*changes, workdir=new):
+        return "train.py", *command(server), *changes, *([workdir] if workdir else [])
+
+    cases = [
+        (train("--config.train.stpes=7"), "nearest is config.train.steps"),
+        (train("--config.train.steps=many"), "steps.*many"),
+        (train("--config.model.moe.experts_per_token=9"), "9 .*num_experts=8"),
+        (train("--config.model.moe.router=moejax.routing:swich"), "swich.*switch"),
+        (train("--config.model.moe.capacity_factor=0"), "capacity_factor=0"),
+        (train(source(f"{tmp_path}/nowhere/*.txt")), "nowhere"),
+        (train(source(f"{tmp_path}/empty/*.txt")), "empty"),
+        (train(source(f"{tmp_path}/short/*.txt")), "sequence_length=16"),
+        (train("--config.seed=5", workdir=f"--workdir={trained}"), "changed: seed: 0 -> 5"),
+        (train("--config.mesh.data=3"), "'data': 3.*need 3 devices and there are 1"),
+        (train(workdir=None), "--workdir"),
+        (("evaluate.py", new), "there is no checkpoint; train first"),
+        (("generate.py", new), "there is no checkpoint; train first"),
+        (("evaluate.py", f"--workdir={trained}", "--experts_per_token=9"), "9 .*num_experts=8"),
+        (("generate.py", f"--workdir={trained}", "--max_new_tokens=0"), "at least 1 new token"),
+    ]
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    for arguments, message in cases:
+        ended = server.run(*arguments)
+        assert ended.code == 2, (message, ended)
+        assert "Traceback" not in ended.err, (message, ended.err)
+        errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, (message, ended.err)
+        assert re.search(message, errors[0]), (message, errors[0])
+    assert not (tmp_path / "new").exists()
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_a_real_start_and_help():
+    """Not through the server: the file itself, by its path, from the repository's root."""
+    ended = subprocess.run([sys.executable, "experiments/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "python experiments/train.py --config=experiments/configs/fine_grained.py --workdir=runs/x" in ended.stdout
