@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -26,14 +25,15 @@ from moejax.generate import generate
 from moejax.models.lm import LM
 
 STOPPED = "fine_grained_aux_free"  # the arm that is stopped half-way
-PROMPT = "def "
-COLUMNS = ("arm", "loss", "bits per byte", "tokens/s", "parameters", "active", "MaxVio", "dropped: train", "held-out")
+PROMPT = "import os\nimport sys\n\n\nclass "
+COLUMNS = ("arm", "loss", "bits per byte", "tokens/s", "parameters", "active", "MaxVio", "dropped: train")
 
 
 def plan(steps: int) -> Ablation:
     """The three arms, with one seed."""
     config = base.get_config()
-    config.train.update(steps=steps, eval_every=max(steps // 6, 1), checkpoint_every=0)
+    config.data.batch_size = 8  # half the tokens and twice the steps learn more in the same time
+    config.train.update(steps=steps, eval_every=max(steps // 6, 20), checkpoint_every=0)
     config.seeds = (0,)
     config.arms = ConfigDict({"dense": {"model": {"moe": None}}})
     for arm in (switch, fine_grained_aux_free):
@@ -54,7 +54,7 @@ def demo(arms: Ablation, workdir: Path) -> None:
             stop_half_way(arm, folder)
         say(f"{arm.name}: {folder}")
         ablation.run_one(arm.config, folder)
-        jax.clear_caches()  # every arm compiles its own step, and what is kept of them adds up
+        ablation.clean_up()
     found = ablation.collect(arms, workdir)
     say("sampling")
     report.write(found, workdir, title="Demo: dense, switch and fine-grained experts", extra=sample(found))
@@ -72,7 +72,7 @@ def stop_half_way(arm: Arm, folder: Path) -> None:
         return
     say(f"{arm.name}: {half} steps, and no more")
     train.run(arm.config, folder, stop_at=half)
-    jax.clear_caches()
+    ablation.clean_up()
     say(f"{arm.name} was stopped at step {half}; now it is resumed from its checkpoint, as if nothing had happened")
 
 
@@ -87,7 +87,7 @@ def sample(arms: list[Arm]) -> str:
     (new,) = generate(
         LM(arm.config.model), found.trees, [prompt], 200, temperature=0.7, top_p=0.9, eos_id=tokenizer.end_of_document
     )
-    text = PROMPT + tokenizer.decode([token for token in new if token != tokenizer.end_of_document])
+    text = (PROMPT + tokenizer.decode(new)).rstrip()  # which leaves out the end of the document
     print(f"\n{arm.name}, the arm with the lowest loss in this run, continues {PROMPT!r}:\n\n{text}\n")
     heading = f"## A continuation by `{arm.name}`, the arm with the lowest loss in this run"
     return f"{heading}\n\nTemperature 0.7, top-p 0.9, after {PROMPT!r}.\n\n````\n{text}\n````"
@@ -106,6 +106,6 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    STEPS = flags.DEFINE_integer("steps", 120, "Steps of each arm.", lower_bound=2)
+    STEPS = flags.DEFINE_integer("steps", 240, "Steps of each arm.", lower_bound=2)
     WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Where the runs and the report go.")
     cli.run(lambda: demo(plan(STEPS.value), Path(WORKDIR.value)))

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moejax import accounting, data, environment, metrics, tokenizers, train
+from moejax import accounting, data, environment, host_memory, metrics, tokenizers, train
 from moejax.accounting import Account
 from moejax.config import Ablation, Config
 from moejax.errors import UserError
@@ -99,8 +99,14 @@ def run(ablation: Ablation, workdir: str | os.PathLike[str], *, progress: bool =
             run_one(config, folder_of(workdir, name, seed), progress=progress)
         except UserError as error:
             raise UserError(f"arm {name!r}, seed {seed}: {error}") from error
-        jax.clear_caches()  # every run compiles its own step, and what is kept of them adds up
+        clean_up()
     return collect(ablation, workdir)
+
+
+def clean_up() -> None:
+    """After a run, before the next in this process: each compiles its own step, and what is kept of them adds up."""
+    jax.clear_caches()
+    host_memory.give_freed_memory_back()
 
 
 def folder_of(workdir: str | os.PathLike[str], arm: str, seed: int) -> Path:

@@ -40,7 +40,7 @@ def test_demo_stops_resumes_reports_and_is_done(tmp_path, monkeypatch, capsys):
     first = capsys.readouterr()
     report = (tmp_path / "demo" / "report.md").read_text()
     assert "## A continuation by" in report and "One seed ranks nothing" in report
-    for shown in (*demo.COLUMNS, "One seed ranks nothing", "continues 'def '", "peak memory"):
+    for shown in (*demo.COLUMNS, "One seed ranks nothing", f"continues {demo.PROMPT!r}", "peak memory"):
         assert shown in first.out
     assert f"{half} was stopped at step 2" in first.err
 

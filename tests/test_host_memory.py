@@ -27,3 +27,26 @@ def test_memory_is_used_again(keep):
     program = PROGRAM if keep else PROGRAM.replace("keep_freed_memory() ==", "0 ==")
     run = subprocess.run([sys.executable, "-c", program, str(int(keep))], capture_output=True, text=True, check=True)
     assert (int(run.stdout) < 100) == keep
+
+
+TRIM = """
+import numpy as np
+from moejax.host_memory import give_freed_memory_back, keep_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+keep_freed_memory()
+before = resident()
+np.ones(2**25)
+kept = resident() - before
+assert give_freed_memory_back()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_kept_memory_is_given_back():
+    run = subprocess.run([sys.executable, "-c", TRIM], capture_output=True, text=True, check=True)
+    kept, left = map(int, run.stdout.split())
+    assert kept > 2**27 and left < 2**25  # an array of 2**28 bytes
