@@ -16,10 +16,10 @@ demo: $(STAMP)
 	$(PYTHON) experiments/demo.py
 
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 2 -m "not gpu and not tpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu and not tpu"
 
 quick: $(STAMP)
-	$(PYTHON) -m pytest -n 2 -m "not slow and not gpu and not tpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not tpu"
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .
