@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-
 _WAYS = 16  # pivots per level: few levels, since every level is another gather to compile and to wait for
 
 

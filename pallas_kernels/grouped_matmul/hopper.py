@@ -11,25 +11,16 @@ from jax import lax
 STEP = 64  # of the summed dimension, a stage
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 _BLOCKS = 132  # streaming multiprocessors of an H100 or H200
+COLUMNS = 128  # of one block's tile; a cluster's two blocks have neighbouring ones
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """turns: see the module. stages of the ring; pieces: staged (64, 64) pieces of the result, a warpgroup's own."""
+    """stages of the ring; pieces: staged (64, 64) pieces of the result, a warpgroup's own; blocks in the grid."""
 
-    turns: bool
     stages: int
-    pieces: int = 2
+    pieces: int
     blocks: int = _BLOCKS
-
-    @property
-    def columns(self) -> int:
-        """Of one block's tile."""
-        return 128 if self.turns else 256
-
-    @property
-    def cluster(self) -> int:
-        return 2 if self.turns else 1
 
 
 def launch(name, body, t: Tiling, out, a_shape, b_shape, dtype):
@@ -40,19 +31,13 @@ def launch(name, body, t: Tiling, out, a_shape, b_shape, dtype):
     staging = plgpu.RefUnion(
         plgpu.SMEM((t.pieces, 64, piece), out.dtype, transforms=swizzled), plgpu.SMEM((64, piece), out.dtype)
     )
-    paired = t.cluster == 2
-    free: plgpu.ClusterBarrier | plgpu.Barrier
-    if paired:
-        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=1, num_barriers=t.stages)
-    else:
-        free = plgpu.Barrier(num_arrivals=2, num_barriers=t.stages)
     return plgpu.kernel(
         body,
         out_type=out,
-        grid=(t.blocks // t.cluster,),
+        grid=(t.blocks // 2,),
         grid_names=("block",),
-        cluster=(2,) if paired else (),
-        cluster_names=("pair",) if paired else (),
+        cluster=(2,),
+        cluster_names=("pair",),
         num_threads=3,
         thread_name="warpgroup",
         kernel_name=name,
@@ -60,19 +45,19 @@ def launch(name, body, t: Tiling, out, a_shape, b_shape, dtype):
             "a": plgpu.SMEM((t.stages, *a_shape), dtype, transforms=_SWIZZLED),
             "b": plgpu.SMEM((t.stages, *b_shape), dtype, transforms=_SWIZZLED),
             "staging": (staging, staging),
-            "ready": plgpu.Barrier(num_arrivals=2, num_barriers=t.stages * (1 + t.turns)),
-            "free": free,
+            "ready": plgpu.Barrier(num_arrivals=2, num_barriers=2 * t.stages),
+            "free": plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=1, num_barriers=t.stages),
         },
     )
 
 
 def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
-    """Runs this block's share of `count` tiles: the loading warp and the two compute warpgroups.
+    """Runs this block's share of `count` tiles: the loading warp, and the two compute warpgroups by turns.
 
     info(lin) -> a tile's scalars; steps(tile): how many stages it takes; load(tile, k, slot, barrier) fills a slot;
-    compute(warpgroup, tile, accumulate), where accumulate(shape, operands, store) multiplies all its steps.
+    compute(warpgroup, tile, accumulate), where accumulate(operands, store) multiplies all its steps.
     """
-    clusters = t.blocks // t.cluster
+    clusters = t.blocks // 2
     block = lax.axis_index("block")
     mine = lax.div(count - block + (clusters - 1), jnp.int32(clusters))
 
@@ -94,7 +79,7 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
         plgpu.set_max_registers(40, action="decrease")
 
         def loads(i, tile, base):
-            own = lax.rem(i, jnp.int32(2)) * t.stages if t.turns else 0
+            own = lax.rem(i, jnp.int32(2)) * t.stages
 
             def step(k, _):
                 place = slot(base + k)
@@ -114,11 +99,11 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
         plgpu.set_max_registers(232, action="increase")
 
         def product(i, tile, base):
-            def accumulate(shape, operands, store):
+            def accumulate(operands, store):
                 total = steps(tile)
 
                 def step(acc, k):
-                    plgpu.barrier_wait(ready.at[(wg * t.stages if t.turns else 0) + slot(base + k)])
+                    plgpu.barrier_wait(ready.at[wg * t.stages + slot(base + k)])
                     plgpu.wgmma(acc, *operands(k, slot(base + k)))
                     plgpu.wgmma_wait(1)
                     pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[slot(base + k + (t.stages - 1))]))
@@ -129,12 +114,9 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
                     pl.when(total > 0)(lambda: plgpu.barrier_arrive(free.at[slot(base + total + (t.stages - 1))]))
                     store(acc[...])
 
-                pl.run_scoped(run, plgpu.ACC(shape))
+                pl.run_scoped(run, plgpu.ACC((128, COLUMNS)))
 
-            if t.turns:
-                pl.when(lax.rem(i, jnp.int32(2)) == wg)(lambda: compute(wg, tile, accumulate))
-            else:
-                compute(wg, tile, accumulate)
+            pl.when(lax.rem(i, jnp.int32(2)) == wg)(lambda: compute(wg, tile, accumulate))
 
         walk(product)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -143,13 +125,9 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
     lax.cond(wg == 2, producer, lambda: lax.cond(wg == 0, lambda: consumer(0), lambda: consumer(1)))
 
 
-def column(t: Tiling, column):
-    """First column of this block's tile."""
-    return (column * 2 + lax.axis_index("pair")) * t.columns if t.cluster == 2 else column * t.columns
-
-
-def pair(t: Tiling) -> str | None:
-    return "pair" if t.cluster == 2 else None
+def first_column(column):
+    """Of this block's tile in the column-th pair."""
+    return (column * 2 + lax.axis_index("pair")) * COLUMNS
 
 
 def store_whole(acc, out, at, stages, turn):

@@ -1,11 +1,9 @@
 """Grouped products on Hopper, in Mosaic GPU: persistent blocks, one warp that loads, two warpgroups that multiply.
 
 The loading warp runs ahead through a ring of shared-memory stages, over tile boundaries, so that the loads of the next
-tile hide behind the multiplication of this one. Two ways to multiply:
-- *turns*: each warpgroup has tiles of its own, 128 × 128, and stores one while the other multiplies. Two blocks of a
-  cluster take neighbouring columns of the same rows, which the copy engine sends to both. For short sums, where storing
-  would otherwise be a good part of the time.
-- together: each warpgroup has 64 rows of a 128 × 256 tile. Fewer bytes through shared memory; for long sums.
+tile hide behind the multiplication of this one. The warpgroups take turns: each has 128 × 128 tiles of its own, and
+stores one while the other multiplies. The two blocks of a cluster take neighbouring columns of the same rows, which the
+copy engine sends to both. README.md draws it.
 
 Limits: Hopper; bfloat16 or float16; K and N multiples of 64.
 """
@@ -19,17 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul import hopper, schedule
-from pallas_kernels.grouped_matmul.hopper import Tiling
+from pallas_kernels.grouped_matmul.hopper import COLUMNS, Tiling
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
 
 _ROWS = schedule.ROWS
 _STEP = hopper.STEP
-TURNS, TOGETHER = Tiling(turns=True, stages=6), Tiling(turns=False, stages=4)
-
-
-def tiling(K: int, N: int, out_dtype) -> Tiling:
-    """The faster of the two on an H200 (README.md): few columns over a long sum are the one case for TOGETHER."""
-    return TOGETHER if K >= 2048 and N <= 1024 and jnp.dtype(out_dtype).itemsize == 2 else TURNS
+# a short sum wants its tile stored at once; a weight gradient, whose first and last stages are masked, a longer ring
+FORWARD, DRHS = Tiling(stages=5, pieces=4), Tiling(stages=6, pieces=2)
 
 
 def why_not(lhs, rhs, transpose_rhs: bool) -> str | None:
@@ -50,11 +44,11 @@ def _hopper() -> bool:
 def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_dtype, tiles: Tiling | None = None):
     """(M, K) × (E, K, N) -> (M, N); with transpose_rhs, rhs is (E, N, K), read as it lies."""
     del group_sizes
-    (M, K), N = lhs.shape, rhs.shape[1 if transpose_rhs else 2]
-    t = tiles or tiling(K, N, out_dtype)
+    M, N = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
+    t = tiles or FORWARD
     spare = -M % 8  # the copy engine takes rows in eights
     table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
-    weights = (t.columns, _STEP) if transpose_rhs else (_STEP, t.columns)
+    weights = (COLUMNS, _STEP) if transpose_rhs else (_STEP, COLUMNS)
     out = jax.ShapeDtypeStruct((M + spare, N), out_dtype)
     body = functools.partial(_forward_kernel, t, transpose_rhs)
     kernel = hopper.launch("grouped_matmul", body, t, out, (_ROWS, _STEP), weights, lhs.dtype)
@@ -68,17 +62,17 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tili
     masking grad as well took 7–14% on an H200. Nothing past the sum reaches any.
     """
     (M, K), N = lhs.shape, grad.shape[1]
-    t = tiles or TURNS
+    t = tiles or DRHS
     spare = ((0, -M % 8), (0, 0))
     out = jax.ShapeDtypeStruct((*group_sizes.shape, K, N), out_dtype)
     body = functools.partial(_drhs_kernel, t)
-    kernel = hopper.launch("grouped_matmul_drhs", body, t, out, (_STEP, _ROWS), (_STEP, t.columns), lhs.dtype)
+    kernel = hopper.launch("grouped_matmul_drhs", body, t, out, (_STEP, _ROWS), (_STEP, COLUMNS), lhs.dtype)
     return kernel(metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare))
 
 
 def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a, b, staging, ready, free):
     E, N, depth = rhs.shape[0], out.shape[1], lhs.shape[1] // _STEP
-    columns = pl.cdiv(N, t.columns * t.cluster)
+    columns = pl.cdiv(N, 2 * COLUMNS)
 
     def info(lin):
         some = jnp.minimum(lax.div(lin, jnp.int32(columns)), tiles.shape[0] - 1)
@@ -91,32 +85,29 @@ def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a,
 
     def load(tile, k, slot, barrier):
         group, row, _, _, column = tile
-        step, wide = pl.ds(k * _STEP, _STEP), pl.ds(hopper.column(t, column), t.columns)
-        plgpu.copy_gmem_to_smem(
-            lhs.at[pl.ds(row * 8, _ROWS), step], a.at[slot], barrier, collective_axes=hopper.pair(t)
-        )
+        step, wide = pl.ds(k * _STEP, _STEP), pl.ds(hopper.first_column(column), COLUMNS)
+        plgpu.copy_gmem_to_smem(lhs.at[pl.ds(row * 8, _ROWS), step], a.at[slot], barrier, collective_axes="pair")
         block = rhs.at[group, wide, step] if transpose_rhs else rhs.at[group, step, wide]
         plgpu.copy_gmem_to_smem(block, b.at[slot], barrier)
 
     def compute(wg, tile, accumulate):
         _, row, start, stop, column = tile
-        first, rows = (0, _ROWS) if t.turns else (wg * 64, 64)
 
         def operands(_, slot):
-            return a.at[slot, pl.ds(first, rows)], b.at[slot].transpose((1, 0)) if transpose_rhs else b.at[slot]
+            return a.at[slot], b.at[slot].transpose((1, 0)) if transpose_rhs else b.at[slot]
 
         def store(acc):
-            at = row * 8 + first, hopper.column(t, column)
-            hopper.store_rows(acc.astype(out.dtype), out, at, start - first, stop - first, *staging[wg])
+            at = row * 8, hopper.first_column(column)
+            hopper.store_rows(acc.astype(out.dtype), out, at, start, stop, *staging[wg])
 
-        accumulate((rows, t.columns), operands, store)
+        accumulate(operands, store)
 
     hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free)
 
 
 def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, ready, free):
     E, K, N = out.shape
-    columns, down = pl.cdiv(N, t.columns * t.cluster), pl.cdiv(K, _ROWS)
+    columns, down = pl.cdiv(N, 2 * COLUMNS), pl.cdiv(K, _ROWS)
     total = ends[E - 1]
     sweep = max(size for size in range(1, min(schedule.WIDTH, down) + 1) if down % size == 0)
 
@@ -134,10 +125,8 @@ def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, read
     def load(tile, k, slot, barrier):
         _, eighth, _, _, down, column = tile
         rows = pl.ds((eighth + k * 8) * 8, _STEP)
-        plgpu.copy_gmem_to_smem(
-            lhs.at[rows, pl.ds(down * _ROWS, _ROWS)], a.at[slot], barrier, collective_axes=hopper.pair(t)
-        )
-        plgpu.copy_gmem_to_smem(grad.at[rows, pl.ds(hopper.column(t, column), t.columns)], b.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(lhs.at[rows, pl.ds(down * _ROWS, _ROWS)], a.at[slot], barrier, collective_axes="pair")
+        plgpu.copy_gmem_to_smem(grad.at[rows, pl.ds(hopper.first_column(column), COLUMNS)], b.at[slot], barrier)
 
     def compute(wg, tile, accumulate):
         group, eighth, start, end, down, column = tile
@@ -158,10 +147,10 @@ def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, read
 
         def store(acc):
             for r in range(0, _ROWS, 64):
-                at = down * _ROWS + r, hopper.column(t, column)
+                at = down * _ROWS + r, hopper.first_column(column)
                 hopper.store_whole(acc[r : r + 64].astype(out.dtype), out.at[group], at, staging[wg][0], r)
 
-        accumulate((_ROWS, t.columns), operands, store)
+        accumulate(operands, store)
 
     hopper.pipeline(t, E * columns * down, info, steps, load, compute, ready, free)
 
