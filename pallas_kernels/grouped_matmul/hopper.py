@@ -16,11 +16,15 @@ COLUMNS = 128  # of one block's tile; a cluster's two blocks have neighbouring o
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """stages of the ring; pieces: staged (64, 64) pieces of the result, a warpgroup's own; blocks in the grid."""
+    """stages of the ring; pieces: staged (64, 64) pieces of the result, a warpgroup's own; blocks in the grid.
+
+    one_warp: the loads are one warp's; else its whole warpgroup's, as inside shard_map.
+    """
 
     stages: int
     pieces: int
     blocks: int = _BLOCKS
+    one_warp: bool = True
 
 
 def launch(name, body, t: Tiling, out, a_shape, b_shape, dtype):
@@ -93,7 +97,8 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
             for place in range(t.stages):  # no block leaves while its neighbour may still signal it
                 pl.when(total > place)(functools.partial(plgpu.barrier_wait, free.at[place]))
 
-        plgpu.warp_map(lambda warp: pl.when(warp == 0)(work))
+        # the warp map refuses shared memory beside arrays that vary over a mesh axis
+        plgpu.warp_map(lambda warp: pl.when(warp == 0)(work)) if t.one_warp else work()
 
     def consumer(wg):
         plgpu.set_max_registers(232, action="increase")

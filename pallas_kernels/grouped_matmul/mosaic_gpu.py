@@ -8,6 +8,7 @@ copy engine sends to both. README.md draws it.
 Limits: Hopper; bfloat16 or float16; K and N multiples of 64.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,7 @@ from jax import lax
 from pallas_kernels.grouped_matmul import hopper, schedule
 from pallas_kernels.grouped_matmul.hopper import COLUMNS, Tiling
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
+from pallas_kernels.vary import vary_alike
 
 _ROWS = schedule.ROWS
 _STEP = hopper.STEP
@@ -45,14 +47,15 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
     """(M, K) × (E, K, N) -> (M, N); with transpose_rhs, rhs is (E, N, K), read as it lies."""
     del group_sizes
     M, N = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
-    t = tiles or FORWARD
+    t = _here(tiles or FORWARD, lhs)
     spare = -M % 8  # the copy engine takes rows in eights
     table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
     weights = (COLUMNS, _STEP) if transpose_rhs else (_STEP, COLUMNS)
     out = jax.ShapeDtypeStruct((M + spare, N), out_dtype)
     body = functools.partial(_forward_kernel, t, transpose_rhs)
     kernel = hopper.launch("grouped_matmul", body, t, out, (_ROWS, _STEP), weights, lhs.dtype)
-    return kernel(*table, jnp.pad(lhs, ((0, spare), (0, 0))), rhs)[:M]
+    result = kernel(*table, jnp.pad(lhs, ((0, spare), (0, 0))), rhs)[:M]
+    return vary_alike(result, lhs)[0]  # the kernel's own type knows of no mesh
 
 
 def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tiling | None = None):
@@ -62,12 +65,17 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tili
     masking grad as well took 7–14% on an H200. Nothing past the sum reaches any.
     """
     (M, K), N = lhs.shape, grad.shape[1]
-    t = tiles or DRHS
+    t = _here(tiles or DRHS, lhs)
     spare = ((0, -M % 8), (0, 0))
     out = jax.ShapeDtypeStruct((*group_sizes.shape, K, N), out_dtype)
     body = functools.partial(_drhs_kernel, t)
     kernel = hopper.launch("grouped_matmul_drhs", body, t, out, (_STEP, _ROWS), (_STEP, COLUMNS), lhs.dtype)
-    return kernel(metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare))
+    result = kernel(metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare))
+    return vary_alike(result, lhs)[0]
+
+
+def _here(t: Tiling, lhs) -> Tiling:
+    return dataclasses.replace(t, one_warp=False) if jax.typeof(lhs).manual_axis_type.varying else t
 
 
 def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a, b, staging, ready, free):

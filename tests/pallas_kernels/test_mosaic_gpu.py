@@ -9,6 +9,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, mosaic_gpu, schedule
 
@@ -54,13 +55,22 @@ def interpreted(function, capfd):
 
 # 70 | 0 | 51: a whole tile's half and a part, an empty group, unaligned starts, 7 rows past the sum; with 70 + 51 rows
 # the second group's tile starts at row 64. 3 | 5 | 60: groups within one group of eight. M = 99: off the eight.
-@pytest.mark.parametrize("sizes, M, N", [((70, 0, 51), 128, 256), ((3, 5, 60), 128, 192), ((0, 99, 0), 99, 128)])
-def test_forward(sizes, M, N, capfd):
+@pytest.mark.parametrize(
+    "sizes, M, N, one_warp",
+    [
+        ((70, 0, 51), 128, 256, True),
+        ((3, 5, 60), 128, 192, True),
+        ((0, 99, 0), 99, 128, True),
+        ((40, 60), 128, 64, False),
+    ],
+)
+def test_forward(sizes, M, N, one_warp, capfd):
     lhs, rhs, grad = operands(sizes, M, 128, N)
     sizes = np.array(sizes, np.int32)
     metadata = group_metadata(jnp.asarray(sizes), M)
+    tiles = dataclasses.replace(TWO_BLOCKS[0], one_warp=one_warp)
     out = interpreted(
-        lambda: mosaic_gpu.forward(lhs, rhs, jnp.asarray(sizes), metadata, False, jnp.bfloat16, TWO_BLOCKS[0]), capfd
+        lambda: mosaic_gpu.forward(lhs, rhs, jnp.asarray(sizes), metadata, False, jnp.bfloat16, tiles), capfd
     )
     want = exact(lhs, rhs, grad, sizes)[0]
     assert_close(out, want)
@@ -153,6 +163,48 @@ def test_refuses_this_machine():
     lhs, rhs, _ = operands((8,), 8, 64, 64)
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU; implementation='blocks' would"):
         grouped_matmul(lhs, rhs, jnp.array([8], jnp.int32), implementation="mosaic_gpu")
+
+
+def test_lowers_inside_shard_map_and_vmap(monkeypatch):
+    """The kernels' types know of no mesh: forward and both gradients, over a mesh of two and over a batch."""
+    monkeypatch.setattr(mosaic_gpu, "_hopper", lambda: True)
+
+    def value_and_gradients(lhs, rhs, sizes, grad):
+        product = functools.partial(grouped_matmul, group_sizes=sizes[0], implementation="mosaic_gpu")
+        out, pull = jax.vjp(product, lhs, rhs)
+        return out, *pull(grad)
+
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    split, whole = PartitionSpec("x"), PartitionSpec()
+    sharded = jax.shard_map(
+        value_and_gradients, mesh=mesh, in_specs=(split, whole, split, split), out_specs=(split, split, whole)
+    )
+    shapes = [
+        ((256, 128), jnp.bfloat16),
+        ((4, 128, 256), jnp.bfloat16),
+        ((2, 4), jnp.int32),
+        ((256, 256), jnp.bfloat16),
+    ]
+    args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    text = jax.jit(sharded).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 3
+    batched = jax.vmap(functools.partial(grouped_matmul, implementation="mosaic_gpu"), in_axes=(0, None, 0))
+    jax.jit(batched).trace(bf16((2, 128, 128)), args[1], args[2]).lower(lowering_platforms=("cuda",))
+
+
+def test_lowers_inside_a_rematerialised_scan(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, "_hopper", lambda: True)
+
+    def loss(rhs, lhs, sizes):
+        @jax.checkpoint
+        def layer(x, weights):
+            return grouped_matmul(x, weights, sizes, implementation="mosaic_gpu"), None
+
+        return jnp.sum(jax.lax.scan(layer, lhs, rhs)[0].astype(jnp.float32))
+
+    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    args = bf16((3, 4, 128, 128)), bf16((64, 128)), jax.ShapeDtypeStruct((4,), jnp.int32)
+    assert "mosaic_gpu" in jax.jit(jax.grad(loss)).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @functools.partial(jax.jit, static_argnames="transpose_rhs")
