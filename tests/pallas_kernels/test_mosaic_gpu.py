@@ -179,13 +179,8 @@ def test_lowers_inside_shard_map_and_vmap(monkeypatch):
     sharded = jax.shard_map(
         value_and_gradients, mesh=mesh, in_specs=(split, whole, split, split), out_specs=(split, split, whole)
     )
-    shapes = [
-        ((256, 128), jnp.bfloat16),
-        ((4, 128, 256), jnp.bfloat16),
-        ((2, 4), jnp.int32),
-        ((256, 256), jnp.bfloat16),
-    ]
-    args = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    args = bf16((256, 128)), bf16((4, 128, 256)), jax.ShapeDtypeStruct((2, 4), jnp.int32), bf16((256, 256))
     text = jax.jit(sharded).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("mosaic_gpu") >= 3
     batched = jax.vmap(functools.partial(grouped_matmul, implementation="mosaic_gpu"), in_axes=(0, None, 0))
