@@ -1,0 +1,121 @@
+"""The expert block with gather and combine on this machine's first device: TFLOP/s forward and backward.
+
+  python experiments/benchmark_block.py
+  python experiments/benchmark_block.py --shape=4096,512,128,8,32768
+
+A shape is D,F,E,K,T: model and expert width, experts, experts per token, tokens. bfloat16; experts drawn uniformly
+without repetition, as a balanced router would. The plan is made once, outside; beside the block stand its expert
+products alone, over rows already sorted: the difference is what gathering and combining cost.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from experiments import cli
+from moejax import dispatch
+from moejax.errors import UserError
+from moejax.experts import gated_ffn
+from moejax.routing import Routing
+from pallas_kernels.grouped_matmul import group_metadata, pick
+
+PUBLISHED = ("4096,512,128,8,32768", "1536,256,128,8,24576", "4096,1024,128,8,32768")  # Dao-AILab/sonic-moe's plots
+_SHAPE = flags.DEFINE_multi_string("shape", list(PUBLISHED), "D,F,E,K,T; may be given several times.")
+_REPEATS = flags.DEFINE_integer("repeats", 9, "Rounds of each case; the median counts.", lower_bound=1)
+
+
+def block(x, gate, up, down, plan, metadata):
+    """(T, D) -> (T, D): gather, gated experts, combine."""
+    rows = dispatch.gather(x, plan)
+    return dispatch.combine(gated_ffn(rows, gate, up, down, plan.group_sizes, metadata=metadata), plan, x.shape[0])
+
+
+def products(rows, gate, up, down, plan, metadata):
+    """The same without moving rows: (R, D) -> (R, D)."""
+    return gated_ffn(rows, gate, up, down, plan.group_sizes, metadata=metadata)
+
+
+def both(function):
+    """(grad, x, gate, up, down, …) -> the result, so that no part of the forward is dropped, and all gradients."""
+
+    def run(grad, x, gate, up, down, *rest):
+        out, pull = jax.vjp(lambda *args: function(*args, *rest), x, gate, up, down)
+        return out, *pull(grad)
+
+    return run
+
+
+def cases(D: int, F: int, E: int, K: int, T: int) -> dict[str, Callable[[], object]]:
+    """name -> a call, compiled; each with operands of its own kind."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
+    x, grad = normal(keys[0], (T, D)), normal(keys[1], (T, D))
+    scale = jnp.bfloat16(D**-0.5)
+    gate, up, down = (normal(k, s) * scale for k, s in zip(keys[2:5], ((E, D, F), (E, D, F), (E, F, D)), strict=True))
+    _, experts = jax.lax.top_k(jax.random.uniform(keys[5], (T, E)), K)
+    weights = jnp.full((T, K), 1 / K)
+    routing = Routing(experts.astype(jnp.int32), weights, jnp.full((T, E), 1 / E), jnp.ones((T, K), bool))
+    plan = jax.jit(dispatch.plan, static_argnums=1)(routing, E)
+    metadata = jax.jit(group_metadata, static_argnums=1)(plan.group_sizes, T * K)
+    rows, rows_grad = (jax.jit(dispatch.gather)(a, plan) for a in (x, grad))
+    calls = {
+        "block forward": (block, (x,)),
+        "block both": (both(block), (grad, x)),
+        "products forward": (products, (rows,)),
+        "products both": (both(products), (rows_grad, rows)),
+    }
+    return {
+        name: functools.partial(jax.jit(function), *first, gate, up, down, plan, metadata)
+        for name, (function, first) in calls.items()
+    }
+
+
+def microseconds(runs: dict[str, Callable[[], object]], repeats: int, launches: int = 5) -> dict[str, float]:
+    """Median of interleaved rounds."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(launches):
+                out = run()
+            jax.block_until_ready(out)
+            times[name].append((time.perf_counter() - start) / launches * 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def rates(shape: tuple[int, ...], us: dict[str, float]) -> dict[str, float]:
+    """TFLOP/s: 6·T·K·D·F forward, twice that backward, whose time is that of both less the forward's."""
+    D, F, _, K, T = shape
+    flops = 6.0 * T * K * D * F
+    out = {}
+    for what in ("block", "products"):
+        forward = us[f"{what} forward"]
+        out[f"{what} forward"] = flops / forward / 1e6
+        out[f"{what} backward"] = 2 * flops / (us[f"{what} both"] - forward) / 1e6
+    return out
+
+
+def main() -> None:
+    for text in _SHAPE.value:
+        try:
+            D, F, E, K, T = shape = tuple(int(part) for part in text.split(","))
+        except ValueError:
+            raise UserError(f"--shape={text}: need five numbers, D,F,E,K,T, as in --shape={PUBLISHED[0]}") from None
+        implementation = pick(
+            jax.ShapeDtypeStruct((T * K, D), jnp.bfloat16), jax.ShapeDtypeStruct((E, D, F), jnp.bfloat16)
+        )
+        us = microseconds(cases(*shape), _REPEATS.value)
+        print(f"D {D}, F {F}, E {E}, K {K}, T {T}, {implementation}, {jax.devices()[0].device_kind}:")
+        for name, rate in rates(shape, us).items():
+            print(f"  {name:20}{rate:8.3g} TFLOP/s")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,32 @@
+"""The expert block's benchmark: that it computes the block, and its arithmetic."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import benchmark_block
+
+
+def test_rates_by_hand():
+    # 6 · 10 tokens · 2 experts · 100 · 50 = 600000 operations; 2 µs forward; backward 8 - 2 = 6 µs for twice as many
+    us = {"block forward": 2.0, "block both": 8.0, "products forward": 1.0, "products both": 4.0}
+    assert benchmark_block.rates((100, 50, 4, 2, 10), us) == pytest.approx(
+        {"block forward": 0.3, "block backward": 0.2, "products forward": 0.6, "products backward": 0.4}
+    )
+
+
+def test_cases_compute_the_block():
+    runs = benchmark_block.cases(16, 8, 4, 2, 12)
+    out = runs["block forward"]()
+    assert out.shape == (12, 16)
+    x, gate, up, down, plan, metadata = runs["block forward"].args
+    # every token's row of each of its two experts, averaged: half of each
+    rows = np.asarray(benchmark_block.products(x[plan.token], gate, up, down, plan, metadata), np.float32)
+    want = np.zeros((12, 16), np.float32)
+    np.add.at(want, np.asarray(plan.token), 0.5 * rows)
+    np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=0, atol=2e-2 * np.abs(want).max())
+    again, *gradients = runs["block both"]()
+    np.testing.assert_array_equal(again.astype(jnp.float32), out.astype(jnp.float32))
+    assert [g.shape for g in gradients] == [(12, 16), (4, 16, 8), (4, 16, 8), (4, 8, 16)]
+    assert all(jnp.isfinite(g.astype(jnp.float32)).all() for g in gradients)
+    assert set(benchmark_block.microseconds(runs, 1, 1)) == set(runs)
