@@ -86,13 +86,13 @@ def bench(case, implementations) -> dict:
     lhs, rhs, *_ = args
     functions = {(op, i): functools.partial(product, op, i) for op in case["ops"] for i in implementations}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = {name: pool.submit(_compiled, function, *args) for name, function in functions.items()}
-        runs = {("dense", "jax"): functools.partial(_compiled(jnp.matmul, lhs, rhs[0]), lhs, rhs[0])}
+        jobs = {name: pool.submit(compiled, function, *args) for name, function in functions.items()}
+        runs = {("dense", "jax"): functools.partial(compiled(jnp.matmul, lhs, rhs[0]), lhs, rhs[0])}
         runs |= {name: functools.partial(job.result(), *args) for name, job in jobs.items()}
     return rounds(runs, case["launches"])
 
 
-def _compiled(function, *args):
+def compiled(function, *args):
     return jax.jit(function).lower(*args).compile()
 
 
