@@ -256,7 +256,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(p
 @pytest.mark.parametrize("name", ["total_loss", "grad_norm"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_each_kind_of_infinity_is_seen(place, tmp_path, name, value):
-    with checkpoint.Checkpointer(tmp_path) as saver, pytest.raises(UserError, match="step 7: .*stopped"):
+    with checkpoint.Checkpointer(tmp_path) as saver, pytest.raises(UserError, match=r"step 7: .*stopped"):
         train.check_finite(7, {"total_loss": 1.0, "grad_norm": 1.0} | {name: value}, saver)
 
 
