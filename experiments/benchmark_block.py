@@ -9,8 +9,6 @@ products alone, over rows already sorted: the difference is what gathering and c
 """
 
 import functools
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -23,6 +21,7 @@ from moejax.errors import UserError
 from moejax.experts import gated_ffn
 from moejax.routing import Routing
 from pallas_kernels.grouped_matmul import group_metadata, pick
+from pallas_kernels.timing import rounds
 
 PUBLISHED = ("4096,512,128,8,32768", "1536,256,128,8,24576", "4096,1024,128,8,32768")  # Dao-AILab/sonic-moe's plots
 _SHAPE = flags.DEFINE_multi_string("shape", list(PUBLISHED), "D,F,E,K,T; may be given several times.")
@@ -75,21 +74,6 @@ def cases(D: int, F: int, E: int, K: int, T: int) -> dict[str, Callable[[], obje
     }
 
 
-def microseconds(runs: dict[str, Callable[[], object]], repeats: int, launches: int = 5) -> dict[str, float]:
-    """Median of interleaved rounds."""
-    for run in runs.values():
-        jax.block_until_ready(run())
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(launches):
-                out = run()
-            jax.block_until_ready(out)
-            times[name].append((time.perf_counter() - start) / launches * 1e6)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def rates(shape: tuple[int, ...], us: dict[str, float]) -> dict[str, float]:
     """TFLOP/s: 6·T·K·D·F forward, twice that backward, whose time is that of both less the forward's."""
     D, F, _, K, T = shape
@@ -111,7 +95,7 @@ def main() -> None:
         implementation = pick(
             jax.ShapeDtypeStruct((T * K, D), jnp.bfloat16), jax.ShapeDtypeStruct((E, D, F), jnp.bfloat16)
         )
-        us = microseconds(cases(*shape), _REPEATS.value)
+        us = {name: median for name, (median, _, _) in rounds(cases(*shape), _REPEATS.value, launches=5).items()}
         print(f"D {D}, F {F}, E {E}, K {K}, T {T}, {implementation}, {jax.devices()[0].device_kind}:")
         for name, rate in rates(shape, us).items():
             print(f"  {name:20}{rate:8.3g} TFLOP/s")

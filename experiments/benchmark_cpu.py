@@ -9,8 +9,6 @@ PATH is an interpreter that has torch and transformers; without it the peer sect
 import functools
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import jax
@@ -23,6 +21,7 @@ from experiments import benchmark_cpu_model, cli
 from moejax.errors import UserError
 from moejax.experts import gated_ffn
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.timing import rounds
 
 _ONLY = flags.DEFINE_list("only", [], "Sections to run, of: experts, step, peer, compile. Default: all.")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter with torch and transformers, for `peer`.")
@@ -30,16 +29,8 @@ _REPEATS = flags.DEFINE_integer("repeats", 11, "Repeats of each case; the median
 
 
 def medians(cases: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each case. Repeats are interleaved, so that a slow minute of the machine hits all alike."""
-    for run in cases.values():
-        jax.block_until_ready(run())
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, run in cases.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    """Median seconds of each case."""
+    return {name: median * 1e-6 for name, (median, _, _) in rounds(cases, repeats).items()}
 
 
 def benchmark_experts(repeats: int) -> None:

@@ -12,9 +12,7 @@ import argparse
 import concurrent.futures
 import functools
 import json
-import statistics
 import subprocess
-import time
 from pathlib import Path
 
 import jax
@@ -23,6 +21,7 @@ import numpy as np
 
 from pallas_kernels import shapes
 from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, pick
+from pallas_kernels.timing import rounds
 
 OPS = ("forward", "dlhs", "drhs")
 _PEER = Path(__file__).parent / "peers" / "torch_products.py"
@@ -65,21 +64,6 @@ def product(op, implementation, lhs, rhs, grad, sizes, metadata):
     return jax.vjp(forward, lhs, rhs)[1](grad)[OPS.index(op) - 1]
 
 
-def rounds(runs: dict, launches: int, repeats: int = 5) -> dict:
-    """name -> (median, least, most) microseconds."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        jax.block_until_ready([run() for _ in range(2)])
-    for _ in range(repeats):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            for _ in range(launches):
-                out = run()
-            jax.block_until_ready(out)
-            times[name].append((time.perf_counter() - start) / launches * 1e6)
-    return {name: (statistics.median(v), min(v), max(v)) for name, v in times.items()}
-
-
 def bench(case, implementations) -> dict:
     """(op, implementation) -> times; a dense product of the same FLOPs among them."""
     args = operands(case)
@@ -89,7 +73,7 @@ def bench(case, implementations) -> dict:
         jobs = {name: pool.submit(compiled, function, *args) for name, function in functions.items()}
         runs = {("dense", "jax"): functools.partial(compiled(jnp.matmul, lhs, rhs[0]), lhs, rhs[0])}
         runs |= {name: functools.partial(job.result(), *args) for name, job in jobs.items()}
-    return rounds(runs, case["launches"])
+    return rounds(runs, launches=case["launches"])
 
 
 def compiled(function, *args):
@@ -142,7 +126,7 @@ def copy_rate() -> float:
     """GB/s of a device copy, read and written bytes counted."""
     x = jnp.ones((1 << 29,), jnp.float32)
     copy = jax.jit(lambda x: x + jnp.ones((), x.dtype)).lower(x).compile()
-    (us, _, _) = rounds({"copy": lambda: copy(x)}, 5)["copy"]
+    (us, _, _) = rounds({"copy": lambda: copy(x)}, launches=5)["copy"]
     return 2 * x.nbytes / us / 1e3
 
 

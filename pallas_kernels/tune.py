@@ -18,6 +18,7 @@ from pathlib import Path
 from pallas_kernels import benchmark
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.hopper import Tiling
+from pallas_kernels.timing import rounds
 
 KEPT = {"forward": mosaic_gpu.FORWARD, "drhs": mosaic_gpu.DRHS}
 _SHARED = 227 * 1024  # bytes a block may have
@@ -45,7 +46,7 @@ def tune(case, op) -> dict[Tiling, float]:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = {t: pool.submit(benchmark.compiled, functools.partial(product, op, t), *args) for t in candidates()}
         runs = {t: functools.partial(job.result(), *args) for t, job in compiled.items()}
-    return {t: us for t, (us, _, _) in benchmark.rounds(runs, case["launches"]).items()}
+    return {t: us for t, (us, _, _) in rounds(runs, launches=case["launches"]).items()}
 
 
 def summary(op: str, found: list[dict[Tiling, float]]) -> dict[Tiling, float]:

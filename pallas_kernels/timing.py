@@ -1,0 +1,28 @@
+"""Timing as every benchmark here does it: rounds in which each thing runs in turn, and the median."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+
+def rounds(
+    runs: Mapping[Any, Callable[[], object]], repeats: int = 5, launches: int = 1
+) -> dict[Any, tuple[float, float, float]]:
+    """name -> (median, least, most) microseconds of one call, after two untimed ones.
+
+    Rounds are interleaved, so that a slow minute of the machine hits all alike; `launches` calls are timed together.
+    """
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        jax.block_until_ready([run() for _ in range(2)])
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            for _ in range(launches):
+                out = run()
+            jax.block_until_ready(out)
+            times[name].append((time.perf_counter() - start) / launches * 1e6)
+    return {name: (statistics.median(values), min(values), max(values)) for name, values in times.items()}
