@@ -69,6 +69,8 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> l
             hasattr(flag_values["config"].value, "model")  # a file that couldn't be opened raises only now
     except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_explain(error, argv)) from error
+    if "config" in flag_values and flag_values["config"].value is None:
+        raise UserError("--config is missing; give one of experiments/configs/*.py or your own, as --help shows")
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} belongs to no flag; write --flag=value (see --help)")
     return rest

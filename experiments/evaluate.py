@@ -23,7 +23,7 @@ from moejax.models.lm import LM
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run, or a copy of its checkpoint.", required=True)
 EXPERTS = flags.DEFINE_integer("experts_per_token", None, "Experts per token, if another number than in training.")
-BATCHES = flags.DEFINE_integer("batches", None, "Evaluate this many batches; all held-out text by default.")
+BATCHES = flags.DEFINE_integer("batches", None, "Evaluate this many batches; all held-out text by default.", 1)
 JSON = flags.DEFINE_bool("json", False, "End with one JSON object.")
 
 

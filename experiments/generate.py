@@ -37,8 +37,7 @@ def main() -> None:
             f"{config.model.moe.experts_per_token} experts by score instead",
             file=sys.stderr,
         )
-    stream = Stream(tokenizer)
-    print(PROMPT.value, end="", flush=True)
+    stream = Stream(tokenizer, PROMPT.value)
     generate(
         LM(config.model),
         jax.device_put(found.trees),  # once, not with every token
@@ -54,12 +53,16 @@ def main() -> None:
 
 
 class Stream:
-    """Prints tokens as text as they come, holding back bytes that don't yet make a character."""
+    """Prints the prompt, then tokens as text as they come, holding back bytes that don't yet make a character."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.tokens, self.shown = tokenizer, [], ""
+    def __init__(self, tokenizer, prompt: str):
+        self.tokenizer, self.prompt, self.shown = tokenizer, prompt, ""
+        self.tokens: list[int] = []
 
     def __call__(self, token: int) -> None:
+        if self.prompt:  # only now: by then every complaint about the options is out
+            print(self.prompt, end="", flush=True)
+            self.prompt = ""
         if token != self.tokenizer.end_of_document:
             self.tokens.append(token)
             self._show(self.tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}"))

@@ -163,7 +163,10 @@ def ablation_from_config_dict(values: Mapping[str, Any] | config_dict.ConfigDict
     plain = schema.plain(values)
     for name in ("arms", "seeds"):
         if not plain.get(name):
-            raise UserError(f"config.{name} is missing or empty: an ablation needs `arms` and `seeds`")
+            raise UserError(
+                f"config.{name} is missing or empty: an ablation needs `arms` and `seeds`; "
+                "experiments/train.py runs a single config"
+            )
     changes, seeds, classes = plain.pop("arms"), plain.pop("seeds"), plain.pop("classes", None)
     arms = {}
     for name, change in changes.items():

@@ -35,6 +35,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     not divide over the mesh, or the loss is no longer finite (the last good checkpoint stays).
     """
     workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; give a folder, or the name of one to be made")
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     stored = metrics.read_config(workdir)
     config = configs.settle(config, stored)
@@ -59,6 +61,9 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         writer.cut_after(start)
         writer.say(f"data: {corpus.description}")
         writer.say(f"model: {accounting.describe(config.model, config.data.sequence_length)}; mesh {dict(mesh.shape)}")
+        if start:
+            writer.say(f"continuing from the checkpoint of step {start}" if start < end else
+                       f"already at step {start} of {end}: nothing left to train")  # fmt: skip
         placement = sharding.batch_sharding(mesh)
         batches = data.train_iterator(corpus, config.data, config.seed, start_step=start)
         evaluation = functools.partial(_evaluate, model, corpus, config, mesh)

@@ -1,5 +1,8 @@
 """Expert choice (Zhou 2022): each of 16 experts takes its best tokens of a sequence, one per token on average.
 
+An expert picks among all tokens of the sequence, so later tokens reach earlier ones: the loss, held-out too, is not
+that of a causal model. MaxVio is 0 by construction.
+
 python experiments/train.py --config=experiments/configs/expert_choice.py --workdir=runs/expert_choice
 """
 
