@@ -71,6 +71,8 @@ def check(ablation: Ablation) -> dict[str, tuple[Config, Account]]:
     for name in ablation.arms:
         if Path(name).name != name or name.startswith("."):
             raise UserError(f"arm {name!r} names a folder: give a name without slashes that starts with no dot")
+    if any(config.data.eval_fraction == 0 for config in ablation.arms.values()):
+        raise UserError("config.data.eval_fraction=0 holds out no text to compare arms on; give a share above 0")
     if len(set(ablation.seeds)) < len(ablation.seeds):
         raise UserError(f"config.seeds={ablation.seeds} has a seed twice; give different ones")
     arms = {

@@ -89,10 +89,11 @@ def _check_router(moe: MoEConfig, router: Callable[..., Any]) -> None:
         raise UserError(
             f"config.model.moe.num_experts={moe.num_experts} is no multiple of router_options.groups={groups}"
         )
-    if moe.load_weight and "noise_logits" not in parameters:
+    # A router that takes a key may make its noise from that; if it makes none, the loss itself says so.
+    if moe.load_weight and not {"noise_logits", "key"} & parameters.keys() and not takes_any:
         raise UserError(
             f"config.model.moe.load_weight={moe.load_weight}: the load loss needs a noisy router "
-            f"(moejax.routing:noisy_top_k), not {moe.router}"
+            f"(moejax.routing:noisy_top_k or vmoe), not {moe.router}"
         )
     if moe.bias_update_rate and "bias" not in parameters and not takes_any:
         raise UserError(

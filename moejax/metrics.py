@@ -41,11 +41,19 @@ _log = logging.getLogger(__name__)
 class Writer:
     """Writes one run's files and shows its progress; a context. Only process 0 of several does anything.
 
-    total_steps: where the progress bar ends. progress: show a bar (a line now and then where stderr is no terminal);
-    without it the run says nothing.
+    total_steps: where the progress bar ends. devices: of the mesh, for MFU. progress: show a bar (a line now and then
+    where stderr is no terminal); without it the run says nothing.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], config: Config, *, total_steps: int, progress: bool = True):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        config: Config,
+        *,
+        total_steps: int,
+        devices: int = 1,
+        progress: bool = True,
+    ):
         self.workdir, self.total_steps = Path(workdir), total_steps
         self.main = jax.process_index() == 0
         self.progress = progress and self.main
@@ -57,7 +65,7 @@ class Writer:
         self._board: Any = None
         counts = accounting.account(config.model, config.data.sequence_length)
         peak = environment.peak_flops(jax.devices()[0].device_kind)
-        self._mfu_per_rate = None if peak is None else counts.train_flops_per_token / (peak * jax.device_count())
+        self._mfu_per_rate = None if peak is None else counts.train_flops_per_token / (peak * devices)
         if self.main:
             self.workdir.mkdir(parents=True, exist_ok=True)
             write_whole(self.workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")

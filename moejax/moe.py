@@ -50,7 +50,8 @@ def decide(config: MoEConfig, logits, *, tokens, mask, bias=None, key=None, nois
         if isinstance(decision, routing.ExpertChoice):
             if mode != "generate":
                 return decision
-            decision = routing.top_k(logits, experts_per_token=per_token, mask=mask)
+            # Gates as in training: the scores themselves.
+            decision = routing.top_k(logits, experts_per_token=per_token, mask=mask, renormalize=False)
         elif factor is not None and mode != "generate":
             decision = routing.with_capacity(decision, routing.capacity(factor, length, per_token, num_experts))
         return decision

@@ -15,7 +15,11 @@ Letters: T tokens (of the group), E experts, K experts per token, C capacity (ro
 """
 
 import dataclasses
+import functools
+import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,9 +128,24 @@ def _renormalize(weights: Array) -> Array:
     return weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
 
 
+def _router(route: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets `route` be called with all the inputs of a router; those it doesn't name are dropped.
+
+    `inspect.signature` still shows what it names, which is how `MoE` knows whether to keep a bias for it.
+    """
+    unused = {"tokens", "mask", "bias", "key"} - inspect.signature(route).parameters.keys()
+
+    @functools.wraps(route)
+    def call(logits: Array, **inputs: Any) -> Any:
+        return route(logits, **{name: value for name, value in inputs.items() if name not in unused})
+
+    return call
+
+
 # ---- token choice
 
 
+@_router
 def dense_mixture(logits: Array, *, experts_per_token: int, mask: Array) -> Routing:
     """Every expert on every token (Jacobs et al. 1991, "Adaptive mixtures of local experts"): y = Σ_i p_i E_i(x).
 
@@ -143,6 +162,7 @@ def dense_mixture(logits: Array, *, experts_per_token: int, mask: Array) -> Rout
     return Routing(experts, scores, scores, _keep(mask, num_experts))
 
 
+@_router
 def switch(logits: Array, *, experts_per_token: int, mask: Array) -> Routing:
     """Switch Transformer (Fedus et al. 2021), eq. 1-2: p = softmax(h), y = p_i E_i(x) for the i of the largest p.
 
@@ -152,6 +172,7 @@ def switch(logits: Array, *, experts_per_token: int, mask: Array) -> Routing:
     return top_k(logits, experts_per_token=experts_per_token, mask=mask, renormalize=False)
 
 
+@_router
 def top_k(logits: Array, *, experts_per_token: int, mask: Array, renormalize: bool = True) -> Routing:
     """Softmax top-k. logits (T, E) f32, mask (T,) bool.
 
@@ -164,6 +185,7 @@ def top_k(logits: Array, *, experts_per_token: int, mask: Array, renormalize: bo
     return Routing(experts, _renormalize(weights) if renormalize else weights, scores, _keep(mask, experts_per_token))
 
 
+@_router
 def sigmoid_top_k(
     logits: Array, *, experts_per_token: int, mask: Array, bias: Array | None = None, scale: float = 1.0
 ) -> Routing:
@@ -179,6 +201,7 @@ def sigmoid_top_k(
     return Routing(experts, weights, scores, _keep(mask, experts_per_token))
 
 
+@_router
 def noisy_top_k(
     logits: Array, *, experts_per_token: int, mask: Array, noise_logits: Array, key: Array | None = None
 ) -> Routing:
@@ -190,6 +213,7 @@ def noisy_top_k(
     return _noisy(logits, jax.nn.softplus(noise_logits), experts_per_token, mask, key, renormalize=True)
 
 
+@_router
 def vmoe(
     logits: Array, *, experts_per_token: int, mask: Array, key: Array | None = None, noise_std: float | None = None
 ) -> Routing:
@@ -215,6 +239,7 @@ def _noisy(
     return Routing(experts, weights, jax.nn.softmax(logits), _keep(mask, experts_per_token), noise)
 
 
+@_router
 def gshard(
     logits: Array, *, experts_per_token: int, mask: Array, key: Array | None = None, second: str = "always"
 ) -> Routing:
@@ -235,6 +260,7 @@ def gshard(
     return dataclasses.replace(routing, weights=weights, keep=routing.keep & wanted)
 
 
+@_router
 def group_limited_softmax(
     logits: Array,
     *,
@@ -258,6 +284,7 @@ def group_limited_softmax(
     return Routing(experts, weights, scores, _keep(mask, experts_per_token))
 
 
+@_router
 def group_limited_sigmoid(
     logits: Array,
     *,
@@ -299,6 +326,7 @@ def _limit_groups(scores: Array, groups: int, groups_kept: int, best: int, exper
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(num_tokens, num_experts)
 
 
+@_router
 def hash(logits: Array, *, experts_per_token: int, tokens: Array, mask: Array, seed: int = 0) -> Routing:
     """Hash layers (Roller et al. 2021, random hash): the token's id alone decides; gates are 1/K.
 
@@ -323,6 +351,7 @@ def _mix(x: Array) -> Array:
     return x ^ (x >> jnp.uint32(16))
 
 
+@_router
 def random(logits: Array, *, experts_per_token: int, mask: Array, key: Array | None = None) -> Routing:
     """The control: K distinct experts at random, gates 1/K, nothing learned. logits (T, E): only its shape is used.
 
@@ -337,6 +366,7 @@ def random(logits: Array, *, experts_per_token: int, mask: Array, key: Array | N
 # ---- expert choice
 
 
+@_router
 def expert_choice(logits: Array, *, experts_per_token: int, mask: Array, capacity_factor: float = 1.0) -> ExpertChoice:
     """Expert choice (Zhou et al. 2022, eq. 1-2): each expert takes the C tokens of the group that score it highest.
 

@@ -55,7 +55,9 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
             state = start_from(state, config.train.init_from, shardings)
     start, end = int(state.step), min(config.train.steps, stop_at or config.train.steps)
 
-    writer = metrics.Writer(workdir, config, total_steps=config.train.steps, progress=progress)
+    writer = metrics.Writer(
+        workdir, config, total_steps=config.train.steps, devices=mesh.devices.size, progress=progress
+    )
     saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints)
     with jax.set_mesh(mesh), writer, saver:
         writer.cut_after(start)
@@ -97,13 +99,13 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
             evaluate_now = held_out and (step == config.train.steps or is_due(step, config.train.eval_every))
             save_now = step == end or is_due(step, config.train.checkpoint_every)
             if evaluate_now or save_now:
+                check_finite(step, current, saver)  # which waits for the step: it is not part of the pause
                 pause = time.perf_counter()
-                if save_now:
-                    check_finite(step, current, saver)
-                    save(saver, state, config, corpus)
-                if evaluate_now:
+                if evaluate_now:  # before the checkpoint: a run that is killed in between evaluates this step again
                     ended |= evaluation(state)
                     writer.evaluation(step, ended)
+                if save_now:
+                    save(saver, state, config, corpus)
                 clock += time.perf_counter() - pause
         if start >= end:  # nothing left to do: say where the finished run stands
             ended = (evaluation(state) if held_out else {}) | {"tokens_per_second": None}

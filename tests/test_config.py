@@ -307,3 +307,10 @@ def test_a_script_ends_with_one_line_and_a_status(tmp_path, arguments, status, o
     assert process.returncode == status, said
     assert out in first + rest
     assert said == err
+
+
+@pytest.mark.parametrize("router", ["noisy_top_k", "vmoe"])
+def test_the_load_loss_is_taken_from_a_noisy_router(router):
+    values = {"model": {"moe": {**MOE, "router": f"moejax.routing:{router}", "load_weight": 0.1}}}
+    parsed = from_config_dict(values)
+    assert parsed.model.moe is not None and parsed.model.moe.load_weight == 0.1

@@ -31,12 +31,12 @@ def model_of(name):
     return model, variables
 
 
-# expert_choice: each token takes its top K by score, renormalised, as moejax.routing:top_k does.
+# expert_choice: each token takes its top K by score, with that score as its gate, as in training.
 WHOLE = {
     "dense": {},
     "switch": {"capacity_factor": None},
     "aux_free": {},
-    "expert_choice": {"router": "moejax.routing:top_k"},
+    "expert_choice": {"router": "moejax.routing:top_k", "router_options": {"renormalize": False}},
 }
 
 

@@ -87,7 +87,7 @@ def test_the_progress_names_loss_rate_mfu_and_maxvio(tmp_path, monkeypatch):
     # A chip of 8 (test) devices, each 1e9 FLOP/s: MFU = 1000 tokens/s · FLOPs per token / 8e9
     monkeypatch.setattr(environment, "peak_flops", lambda kind: 1e9)
     flops = accounting.account(CONFIG.model, CONFIG.data.sequence_length).train_flops_per_token
-    with metrics.Writer(tmp_path, CONFIG, total_steps=100, progress=False) as writer:
+    with metrics.Writer(tmp_path, CONFIG, total_steps=100, devices=8, progress=False) as writer:
         text = writer.summary(values(4, max_violation=0.125))
     assert text == f"loss 0.2500, 1,000 tokens/s, MFU {1000 * flops / 8e9:.1%}, MaxVio 0.12"
 

@@ -29,7 +29,6 @@ ROUTERS = {
     "hash": {"tokens": True},
     "random": {},
 }
-TAKES_KEY = ("noisy_top_k", "vmoe", "gshard", "random")
 
 
 def route(name, logits, k, mask=None, key=None, tokens=None):
@@ -38,10 +37,10 @@ def route(name, logits, k, mask=None, key=None, tokens=None):
         options["groups_kept"] = 4
     if options.get("noise_logits"):
         options["noise_logits"] = 0.5 * logits
-    if options.get("tokens"):
-        options["tokens"] = jnp.arange(logits.shape[0], dtype=jnp.int32) if tokens is None else tokens
-    if name in TAKES_KEY:
-        options["key"] = key
+    # Every router takes every input of the signature, whether it names it or not.
+    options["tokens"] = jnp.arange(logits.shape[0], dtype=jnp.int32) if tokens is None else tokens
+    options["key"] = key
+    options.setdefault("bias", None)
     mask = jnp.ones(logits.shape[0], bool) if mask is None else mask
     return getattr(routing, name.split(",")[0])(logits, experts_per_token=k, mask=mask, **options)
 

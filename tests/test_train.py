@@ -301,3 +301,13 @@ def test_nothing_held_out_is_trained_and_not_evaluated(place, tmp_path):
         result = go(everything, tmp_path / "run")
         assert result["step"] == 2 and "loss" not in result
     assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+
+
+def test_a_run_that_ends_inside_an_evaluation_makes_it_up(place, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "_evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            go(config(place), workdir)
+    go(config(place), workdir)
+    assert_same_run(workdir, undisturbed(place, "dense"))
