@@ -46,15 +46,17 @@ class Checkpointer:
     """Writes a run's checkpoints in the background and keeps the newest `keep`. Close it, or use it as a context.
 
     directory: the run's workdir; checkpoints go to directory/checkpoints. What a killed run left half-written there is
-    removed. Every process of a run makes one and calls every method.
+    removed. start: the step that the run goes on from; the first save puts later folders aside, for `restore` went past
+    them as damaged. Every process of a run makes one and calls every method.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 2, *, start: int | None = None):
         if keep < 1:
             raise UserError(f"keep={keep}: keep at least one checkpoint")
         self.root = Path(directory).absolute() / "checkpoints"
         self.keep = keep
         self._pending: tuple[int, dict[str, Any]] | None = None
+        self._known = start  # the newest step that is known to be whole: restored from, or saved by this object
         options = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         if jax.process_index() == 0:
@@ -69,11 +71,12 @@ class Checkpointer:
         """Begins to write the trees of `step`; returns once they are copied to the host, so buffers may be donated.
 
         trees: pytrees of arrays by name (params, router_state, opt_state); empty ones are left out. data, config: JSON.
-        A save before this one that failed, or this one failing at once, is one warning line and not an error. A step
-        that is there and whole is not written again.
+        A save before this one that failed, or this one failing at once, is one warning line and not an error. What this
+        object has saved, or the run went on from, is not written again; a folder of `step` that it doesn't know is put
+        aside.
         """
         self.wait()
-        if _inspect(self.root / str(step))[0] is not None:
+        if step == self._known:
             return
         manifest = {"step": step, "data": dict(data), "config": dict(config)}
         items = {name: ocp.args.StandardSave(_boxed(tree)) for name, tree in trees.items() if jax.tree.leaves(tree)}
@@ -94,9 +97,10 @@ class Checkpointer:
         except Exception as error:  # tensorstore tells a full disk as a ValueError
             self._give_up(error)
             return False
-        self._pending = None
+        (self._known, _), self._pending = self._pending, None
         if jax.process_index() == 0:
-            for old in _steps(self.root)[: -self.keep]:
+            oldest = min(_whole_steps(self.root)[-self.keep :], default=0)
+            for old in (found for found in _steps(self.root) if found < oldest):
                 _remove(self.root / str(old))
         return True
 
@@ -113,8 +117,12 @@ class Checkpointer:
         self.close()
 
     def _make_room(self, step: int) -> None:
-        """A run that went back to an older checkpoint meets the damaged ones it went past: they are put aside."""
-        for later in [found for found in _steps(self.root) if found >= step]:
+        """A run that went back to an older checkpoint meets the damaged ones it went past: they are put aside.
+
+        Their files may have the right sizes: `restore` alone has read them.
+        """
+        first = step if self._known is None else min(step, self._known + 1)
+        for later in [found for found in _steps(self.root) if found >= first]:
             aside = self.root / f"{later}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.root / str(later)).rename(aside)
@@ -135,7 +143,7 @@ class Checkpointer:
         if jax.process_index() == 0:
             for half in self.root.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
-        whole = _steps(self.root)
+        whole = _whole_steps(self.root)
         newest = f"the newest is step {whole[-1]}" if whole else "there is none yet"
         _log.warning("checkpoint of step %d was not written (%s); %s in %s", step, _reason(error), newest, self.root)
 
@@ -149,16 +157,19 @@ def restore(directory: str | os.PathLike[str], targets: Mapping[str, PyTree] | N
       router_state as numpy arrays.
 
     Raises:
-      UserError: there are checkpoints and none is whole, or the newest whole one is of another model.
+      UserError: there are checkpoints and none is whole, or the newest whole one is of another model or lacks a tree.
     """
     damaged: list[str] = []
     for path in reversed(_candidates(Path(directory))):
         manifest, fault = _inspect(path)
         if manifest is not None:
-            _check_shapes(path, targets or {})
             try:
+                _check_trees(path, manifest, targets or {})
+                _check_shapes(path, targets or {})
                 trees = _read(path, targets)
-            except Exception as error:
+            except UserError:
+                raise
+            except Exception as error:  # bytes that changed and kept their number: tensorstore has many words for it
                 fault = _reason(error)
             else:
                 if damaged:
@@ -215,6 +226,14 @@ def _read_numpy(path: Path) -> PyTree:
         return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
+def _check_trees(path: Path, manifest: Mapping[str, Any], targets: Mapping[str, PyTree]) -> None:
+    """A tree that was never saved is no damage: say which."""
+    there = sorted({name.split("/")[0] for name in manifest["files"]})
+    for name, tree in targets.items():
+        if jax.tree.leaves(tree) and name not in there:
+            raise UserError(f"checkpoint {path} holds no {name}, which this config needs; it holds {', '.join(there)}")
+
+
 def _check_shapes(path: Path, targets: Mapping[str, PyTree]) -> None:
     """Another model's checkpoint is no damage: say which parameter differs."""
     if not jax.tree.leaves(targets.get("params")) or not (path / "params" / "_METADATA").is_file():
@@ -268,6 +287,10 @@ def _steps(root: Path) -> list[int]:
     if not root.is_dir():
         return []
     return sorted(int(entry.name) for entry in root.iterdir() if entry.name.isdecimal() and entry.is_dir())
+
+
+def _whole_steps(root: Path) -> list[int]:
+    return [step for step in _steps(root) if _inspect(root / str(step))[0] is not None]
 
 
 def _remove(path: Path) -> None:

@@ -58,7 +58,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     writer = metrics.Writer(
         workdir, config, total_steps=config.train.steps, devices=mesh.devices.size, progress=progress
     )
-    saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints)
+    saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints, start=start)
     with jax.set_mesh(mesh), writer, saver:
         writer.cut_after(start)
         writer.say(f"data: {corpus.description}")
@@ -175,12 +175,25 @@ def _like(shapes, shardings):
 
 
 def start_from(state: TrainState, directory: str, shardings: TrainState) -> TrainState:
-    """A new run's state with the parameters and router state of the run in `directory`."""
-    names = ("params", "router_state")
-    found = checkpoint.restore(directory, {n: _like(getattr(state, n), getattr(shardings, n)) for n in names})
+    """A new run's state with the parameters of the run in `directory`, and its selection biases if it has any.
+
+    A run without biases (balanced by a loss) can start one with: its biases begin at 0.
+    """
+
+    def like(name):
+        return {name: _like(getattr(state, name), getattr(shardings, name))}
+
+    found = checkpoint.restore(directory, like("params"))
     if found is None:
         raise UserError(f"train.init_from={directory}: there is no checkpoint")
-    return dataclasses.replace(state, **{name: found.trees[name] for name in names})
+    trees = found.trees
+    if (found.path / "router_state").is_dir():
+        biases = checkpoint.restore(found.path, like("router_state"))
+        assert biases is not None
+        trees |= biases.trees
+    elif jax.tree.leaves(state.router_state):
+        _log.warning("train.init_from=%s: that run has no selection biases; here they begin at 0", directory)
+    return dataclasses.replace(state, **trees)
 
 
 def save(saver: checkpoint.Checkpointer, state: TrainState, config: Config, corpus: data.Corpus) -> None:

@@ -149,6 +149,64 @@ def test_a_run_that_went_back_puts_the_damaged_one_aside_and_counts_whole_ones_a
     assert_equal(checkpoint.restore(tmp_path / "run", abstract(state(0))).trees, state(4))
 
 
+def rot(path):
+    """Every byte of the arrays' files turns over and the sizes stay: tensorstore notices, the manifest cannot."""
+    for file in data_files(path):
+        file.write_bytes(bytes(byte ^ 0xFF for byte in file.read_bytes()))
+
+
+@pytest.mark.parametrize("again", [4, 5])
+def test_what_rots_and_keeps_its_size_is_gone_past_and_replaced(written, tmp_path, again, caplog):
+    shutil.copytree(written, tmp_path / "run")
+    rot(tmp_path / "run" / "checkpoints" / "4")
+    with caplog.at_level(logging.WARNING):
+        found = checkpoint.restore(tmp_path / "run", abstract(state(0)))
+    assert found.step == 3
+    assert "checkpoints/4 is damaged" in caplog.records[0].message
+    with checkpoint.Checkpointer(tmp_path / "run", keep=2, start=found.step) as saver:
+        saver.save(again, state(again), data=DATA, config=CONFIG)
+    # whether the run saves at that step again or not, the rotten one is no checkpoint any more, nor one of the two kept
+    kept = sorted(entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == sorted(["3", "4.damaged", str(again)])
+    assert_equal(checkpoint.restore(tmp_path / "run", abstract(state(0))).trees, state(again))
+
+
+def test_rotten_metadata_is_damage_and_no_traceback(written, tmp_path, caplog):
+    shutil.copytree(written, tmp_path / "run")
+    metadata = tmp_path / "run" / "checkpoints" / "4" / "params" / "_METADATA"
+    metadata.write_bytes(b"x" * metadata.stat().st_size)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.restore(tmp_path / "run", abstract(state(0))).step == 3
+    assert "checkpoints/4 is damaged" in caplog.records[0].message
+
+
+def test_damaged_ones_do_not_count_as_kept(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    for step in (2, 4):
+        data_files(tmp_path / "run" / "checkpoints" / str(step))[0].unlink()
+    with checkpoint.Checkpointer(tmp_path / "run", keep=2) as saver:
+        saver.save(5, state(5), data=DATA, config=CONFIG)
+    kept = sorted(entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["3", "4", "5"]  # 3 and 5 are whole; 2, older than both, is gone
+
+
+def test_a_step_that_is_known_to_be_whole_is_not_written_again(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    manifest = tmp_path / "run" / "checkpoints" / "4" / checkpoint.MANIFEST
+    before = manifest.stat().st_mtime_ns
+    with checkpoint.Checkpointer(tmp_path / "run", start=4) as saver:
+        saver.save(4, state(4), data=DATA, config=CONFIG)
+        saver.save(5, state(5), data=DATA, config=CONFIG)
+        saver.save(5, state(0), data=DATA, config=CONFIG)
+    assert manifest.stat().st_mtime_ns == before
+    assert_equal(checkpoint.restore(tmp_path / "run", abstract(state(0))).trees, state(5))
+
+
+def test_a_tree_that_was_never_saved_is_named(written):
+    with pytest.raises(UserError, match="holds no load, which this config needs; it holds opt_state, params, router_"):
+        checkpoint.restore(written, abstract(state(0)) | {"load": jax.ShapeDtypeStruct((2,), jnp.int32)})
+
+
 def test_all_damaged_is_one_clear_line(written, tmp_path):
     shutil.copytree(written, tmp_path / "run")
     for step in (2, 3, 4):

@@ -8,14 +8,16 @@ import os
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
 from jax.experimental.compilation_cache import compilation_cache
 
-from moejax import checkpoint, data, metrics, train
+from moejax import checkpoint, data, metrics, optimizer, sharding, train
 from moejax.config import Config, MeshConfig
 from moejax.errors import UserError
+from moejax.models.lm import LM
 
 STEPS = 10
 # Logged at 3, 6, 9 and 10, saved at 4, 8 and 10: no checkpoint but the last falls on a line.
@@ -205,6 +207,33 @@ def test_init_from_starts_a_new_run_from_anothers_parameters(place, tmp_path):
     assert first["learning_rate"] == lines(tmp_path / "untrained")[0]["learning_rate"]
     with pytest.raises(UserError, match=r"train\.init_from=.*nowhere: there is no checkpoint"):
         go(config(place, train={"init_from": str(tmp_path / "nowhere")}), tmp_path / "other")
+
+
+@pytest.mark.parametrize(("old", "new"), [("top_k", "aux_free"), ("aux_free", "top_k"), ("aux_free", "aux_free")])
+def test_init_from_with_and_without_selection_biases(tmp_path, old, new, caplog):
+    """The router moves on from a loss to the bias rule, or back; biases that aren't there begin at 0."""
+    mesh = sharding.make_mesh({"data": 1})
+
+    def begin(name):
+        moe = dataclasses.replace(small.ROUTERS["aux_free"], router=small.ROUTERS[name].router, bias_update_rate=0.0)
+        settings = small.config(moe)
+        model, tx = LM(settings.model), optimizer.make(settings.optimizer)
+        return train.create(model, tx, mesh, 0), train.state_shardings(model, tx, mesh)
+
+    before, _ = begin(old)
+    before = jax.tree.map(lambda a: a + jnp.ones((), a.dtype), before)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        saver.save(7, {name: getattr(before, name) for name in train.TREES}, data={}, config={})
+    state, places = begin(new)
+    found = train.start_from(state, str(tmp_path), places)
+    jax.tree.map(np.testing.assert_array_equal, found.params, before.params)
+    biases = jax.tree.leaves(found.router_state)
+    assert len(biases) == (new == "aux_free")
+    for bias in biases:
+        np.testing.assert_array_equal(bias, np.full(bias.shape, old == "aux_free", np.float32))
+    assert int(found.step) == 0
+    said = [record.message for record in caplog.records]
+    assert ("has no selection biases; here they begin at 0" in "".join(said)) == ((old, new) == ("top_k", "aux_free"))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(place, tmp_path, caplog):
