@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moejax import layers, sharding
+from moejax import attention_blocks, layers, sharding
 
-IMPLEMENTATIONS = ("plain", "xla", "cudnn", "splash")
+IMPLEMENTATIONS = ("plain", "blocks", "xla", "cudnn", "splash")
 
 
 def attend(
@@ -26,14 +26,11 @@ def attend(
     Scores are scaled by hd^-½ and normalised in float32. `segment_ids` (B, L) int: positions see their own segment
     only. `window`: each position sees itself and the window − 1 before it. `sinks` (H,) are learned logits that take
     part of the mass (gpt-oss). `softcap` c bounds scores to c·tanh(s/c). Implementations: `plain` (the oracle, any
-    option), `xla`, `cudnn` and `splash` (TPU); None picks by platform, and `plain` where sinks or softcap ask for it.
+    option), `blocks` (CPU), `xla`, `cudnn` and `splash` (TPU); None picks by platform, and `plain` where sinks or
+    softcap ask for it.
     """
     if implementation is None:
-        # jax's own function takes neither sinks nor a soft cap; a TPU step must not hold an L×L array.
-        if jax.default_backend() == "tpu" and sinks is None and q.shape[1] % 128 == 0:
-            implementation = "splash"
-        else:
-            implementation = "plain" if sinks is not None or softcap is not None else "xla"
+        implementation = _pick(q.shape[1], sinks, softcap)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r}: one of {', '.join(IMPLEMENTATIONS)}, or None")
     if implementation == "splash":
@@ -42,6 +39,8 @@ def attend(
         return _plain(q, k, v, _mask(q.shape[1], segment_ids, window), sinks, softcap)
     if sinks is not None or softcap is not None:
         raise NotImplementedError(f"attention by {implementation!r} takes no sinks or softcap; use 'plain'")
+    if implementation == "blocks":
+        return attention_blocks.attend(q, k, v, segment_ids, window)
     mask = None if segment_ids is None else (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     # Its own arithmetic mixes dtypes for bfloat16, which strict promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
@@ -54,6 +53,16 @@ def attend(
             local_window_size=None if window is None else (window - 1, 0),
             implementation=cast(Any, implementation),
         )
+
+
+def _pick(length: int, sinks: jax.Array | None, softcap: float | None) -> str:
+    backend = jax.default_backend()
+    # A TPU step must not hold an L×L array.
+    if backend == "tpu" and sinks is None and length % 128 == 0:
+        return "splash"
+    if sinks is not None or softcap is not None:  # jax's own function takes neither
+        return "plain"
+    return "blocks" if backend == "cpu" else "xla"
 
 
 def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, window: int | None = None):
@@ -165,6 +174,7 @@ class Attention(nn.Module):
     def _cached(self, q, k, v, positions, cache_length):
         shape = (k.shape[0], cache_length, *k.shape[2:])
         rows = jnp.arange(k.shape[0])[:, None]
+
         def updated(name, new):
             cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
             cache.value = cache.value.at[rows, positions].set(new)

@@ -52,10 +52,10 @@ SINKS = np.array([0.5, -1.0, 2.0, 0.0], np.float32)
     ids=lambda options: "+".join(options) or "causal",
 )
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_plain_and_xla_match_the_slow_oracle(options, kv_heads):
+def test_implementations_match_the_slow_oracle(options, kv_heads):
     q, k, v = inputs(H_kv=kv_heads)
     wanted = oracle(q, k, v, **options)
-    implementations = ["plain"] if {"sinks", "softcap"} & set(options) else ["plain", "xla"]
+    implementations = ["plain"] if {"sinks", "softcap"} & set(options) else ["plain", "blocks", "xla"]
     for implementation in [*implementations, None]:
         found = attention.attend(q, k, v, **options, implementation=implementation)
         np.testing.assert_allclose(found, wanted, atol=2e-6, err_msg=str(implementation))
@@ -78,22 +78,57 @@ def test_sinks_and_softcap_by_hand_on_two_by_two():
     np.testing.assert_allclose(found, [[1, 0], [capped / (capped + 1), 1 / (capped + 1)]], rtol=1e-6)
 
 
-def test_gradients_of_plain_and_xla_agree():
+@pytest.mark.parametrize("length", [64, 67, 131])
+@pytest.mark.parametrize("window", [None, 1, 40])
+def test_query_blocks_of_any_length_match_plain(length, window):
+    # 64 and 67 are two blocks (67 unequal ones), 131 four; a window of 40 ends inside the block before.
+    q, k, v = inputs(L=length)
+    segment_ids = np.sort(np.random.default_rng(2).integers(1, 4, (2, length)), axis=1)
+    weight = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
+
+    def run(implementation):
+        def loss(*arrays):
+            out = attention.attend(*arrays, segment_ids, window, implementation=implementation)
+            return jnp.sum(out * weight), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    (_, out), grads = run("blocks")
+    (_, wanted), wanted_grads = run("plain")
+    np.testing.assert_allclose(out, wanted, atol=2e-6)
+    for a, b in zip(grads, wanted_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_blocks_never_hold_all_the_scores():
+    # B 2, H 4, L 128: the scores would be 4·128·128 a row; four blocks of 32 queries make 32·128 at most.
+    q, k, v = inputs(L=128)
+    step = jax.jit(jax.grad(lambda *a: jnp.sum(attention.attend(*a, implementation="blocks") ** 2), (0, 1, 2)))
+    text = step.lower(q, k, v).compile().as_text()
+    assert "32,128]" in text
+    assert "128,128]" not in text
+
+
+def test_gradients_agree():
     q, k, v = inputs()
     weight = np.random.default_rng(1).normal(size=q.shape).astype(np.float32)
 
     def loss(implementation, *arrays):
         return jnp.sum(attention.attend(*arrays, SEGMENTS, 4, implementation=implementation) * weight)
 
-    plain, xla = (jax.jit(jax.grad(lambda *a, i=i: loss(i, *a), (0, 1, 2)))(q, k, v) for i in ("plain", "xla"))
-    for a, b in zip(plain, xla, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    def gradients(implementation):
+        return jax.jit(jax.grad(lambda *arrays: loss(implementation, *arrays), (0, 1, 2)))(q, k, v)
+
+    plain = gradients("plain")
+    for implementation in ("blocks", "xla"):
+        for a, b in zip(plain, gradients(implementation), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=implementation)
 
 
 def test_huge_scores_stay_finite():
     q, k, v = inputs(B=1, L=4)
-    for options in ({}, {"sinks": SINKS * 1e4}):
-        found = attention.attend(q * 1e4, k * 1e4, v, **options, implementation="plain")
+    for options in ({"implementation": "plain"}, {"implementation": "blocks"}, {"sinks": SINKS * 1e4}):
+        found = attention.attend(q * 1e4, k * 1e4, v, **options)
         assert np.all(np.isfinite(found))
 
 
@@ -113,7 +148,7 @@ def test_bfloat16_stays_bfloat16_and_near():
     q, k, v = inputs()
     half = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)]
     wanted = attention.attend(q, k, v, implementation="plain")
-    for implementation in ("plain", "xla"):
+    for implementation in ("plain", "blocks", "xla"):
         found = attention.attend(*half, implementation=implementation)
         assert found.dtype == jnp.bfloat16
         np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.05)
@@ -121,7 +156,7 @@ def test_bfloat16_stays_bfloat16_and_near():
 
 def test_a_named_implementation_runs_or_raises():
     q, k, v = inputs()
-    with pytest.raises(ValueError, match="'flash': one of plain, xla, cudnn, splash"):
+    with pytest.raises(ValueError, match="'flash': one of plain, blocks, xla, cudnn, splash"):
         attention.attend(q, k, v, implementation="flash")
     with pytest.raises(NotImplementedError, match="'xla' takes no sinks or softcap; use 'plain'"):
         attention.attend(q, k, v, sinks=SINKS, implementation="xla")
