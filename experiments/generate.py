@@ -16,6 +16,7 @@ from moejax import config as configs
 from moejax.errors import UserError
 from moejax.generate import generate
 from moejax.models.lm import LM
+from moejax.moe import abstract_decision
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run, or a copy of its checkpoint.", required=True)
 PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty: the beginning of a document.")
@@ -31,7 +32,7 @@ def main() -> None:
         raise UserError(f"--workdir={WORKDIR.value}: there is no checkpoint; train first with experiments/train.py")
     config = configs.from_config_dict(found.config)
     tokenizer = tokenizers.load(config.data.tokenizer, found.data["tokenizer"])
-    if config.model.moe is not None and routing.resolve(config.model.moe.router) is routing.expert_choice:
+    if config.model.moe is not None and isinstance(abstract_decision(config.model.moe), routing.ExpertChoice):
         print(
             "expert choice looks at the whole sequence: here each token takes its top "
             f"{config.model.moe.experts_per_token} experts by score instead",

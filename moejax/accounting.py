@@ -4,13 +4,13 @@ A matrix product of (1, n) with (n, m) counts 2·n·m FLOPs. Norms, softmax, rot
 """
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 
-from moejax import dotted
+from moejax import dotted, routing
 from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.errors import UserError
 from moejax.models.lm import layer_plan
+from moejax.moe import abstract_decision, reads_logits, router_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Account:
     """Counts of one model; FLOPs are forward, per token, at one sequence length.
 
     total_params, active_params: all parameters, and those a token uses (its experts, shared experts, router and all
-      that is dense). embedding_params: the input table's part of both; 0 where it is tied, as it is then a matmul.
+      that is dense; the mean, rounded, where experts choose tokens).
+    embedding_params: the input table's part of both; 0 where it is tied, as it is then a matmul.
     expert_params: routed and shared experts, all layers; the dense FFNs' where there are none.
     active_flops_per_token: 2 × the matmul weights that a token uses + attention scores, without the router.
     router_flops_per_token: the router's products, listed apart.
@@ -59,17 +60,18 @@ def account(model: ModelConfig, sequence_length: int) -> Account:
     norms = layers * (2 * width + (2 * head_dim if model.qk_norm else 0)) + width
     table = model.vocab_size * width
     dense_ffn = dense * 3 * width * model.ffn_width
-    all_experts = used_experts = router = 0
+    all_experts = router = 0
+    used_experts = 0.0
     if model.moe is not None:
         expert = 3 * width * (model.moe.expert_width or model.ffn_width)
         all_experts = sparse * (model.moe.num_experts + model.moe.shared_experts) * expert
-        used_experts = sparse * (experts_used(model.moe) + model.moe.shared_experts) * expert
+        used_experts = sparse * (experts_used(model.moe, sequence_length) + model.moe.shared_experts) * expert
         router = sparse * router_kernels(model.moe) * width * model.moe.num_experts
     common = projections + norms + dense_ffn + router + table * (1 if model.tie_embeddings else 2)
     scores = layers * 2 * 2 * heads * (sequence_length + 1) / 2
     return Account(
         total_params=common + all_experts,
-        active_params=common + used_experts,
+        active_params=common + round(used_experts),
         embedding_params=0 if model.tie_embeddings else table,
         expert_params=all_experts if sparse else dense_ffn,
         active_flops_per_token=2 * (projections + dense_ffn + used_experts + table) + scores,
@@ -77,15 +79,19 @@ def account(model: ModelConfig, sequence_length: int) -> Account:
     )
 
 
-def experts_used(moe: MoEConfig) -> int:
-    """Routed experts per token: K; where experts choose tokens, capacity_factor · K in the mean, rounded."""
-    factor = moe.router_options.get("capacity_factor", 1.0) if moe.router.endswith(":expert_choice") else 1.0
-    return round(factor * moe.experts_per_token)
+def experts_used(moe: MoEConfig, sequence_length: int) -> float:
+    """Routed experts per token: K; where experts choose tokens, the mean over a sequence that they fill, E · C / L."""
+    decision = abstract_decision(moe, sequence_length)
+    if isinstance(decision, routing.ExpertChoice):
+        num_experts, rows = decision.tokens.shape[-2:]
+        return num_experts * rows / sequence_length
+    return moe.experts_per_token
 
 
 def router_kernels(moe: MoEConfig) -> int:
-    """Matrices (D, E) in the router: two for a noisy one, which learns the size of its noise."""
-    return 2 if "noise_logits" in inspect.signature(dotted.resolve(moe.router)).parameters else 1
+    """Matrices (D, E) in the router: none that reads no logits, two for one that learns the size of its noise too."""
+    router = dotted.resolve(moe.router)
+    return int(reads_logits(router)) + ("noise_logits" in router_inputs(router))
 
 
 def describe(model: ModelConfig, sequence_length: int) -> str:

@@ -225,13 +225,15 @@ def with_experts_per_token(config: Config, experts_per_token: int | None) -> Con
       UserError: a dense model; a number out of range; expert choice, where experts choose and K is only the capacity.
     """
     from moejax.config_checks import check
+    from moejax.moe import abstract_decision
+    from moejax.routing import ExpertChoice
 
     if experts_per_token is None:
         return config
     moe = config.model.moe
     if moe is None:
         raise UserError("experts_per_token was given for a dense model: leave it out")
-    if moe.router.endswith(":expert_choice"):
+    if isinstance(abstract_decision(moe), ExpertChoice):
         raise UserError("experts_per_token has no meaning in expert choice, where experts choose tokens: leave it out")
     moe = dataclasses.replace(moe, experts_per_token=experts_per_token)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))

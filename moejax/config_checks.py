@@ -13,6 +13,8 @@ from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimizerC
 from moejax.data import DataConfig
 from moejax.errors import UserError
 from moejax.models.lm import layer_plan
+from moejax.moe import abstract_decision, reads_logits
+from moejax.routing import ExpertChoice, Routing
 
 
 def check(config: Config) -> None:
@@ -69,7 +71,35 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
             f"config.model.moe.num_experts={moe.num_experts} can't be shared evenly by mesh.expert={mesh.expert} "
             "devices; make one a multiple of the other"
         )
-    _check_router(moe, dotted.resolve(moe.router))
+    router = dotted.resolve(moe.router)
+    _check_router(moe, router)
+    decision = abstract_decision(moe)  # where the router refuses E, K or its options, it says so here
+    if not isinstance(decision, ExpertChoice | Routing):
+        kind = type(decision).__name__
+        raise UserError(f"router {moe.router} returns a {kind}: it must return a Routing or an ExpertChoice")
+    if isinstance(decision, ExpertChoice):
+        own = inspect.signature(router).parameters
+        hint = "; its own is router_options.capacity_factor" if "capacity_factor" in own else ""
+        _refuse(
+            moe, "experts choose tokens", hint, "capacity_factor", "eval_capacity_factor", "load_balance_weight",
+            "sequence_balance_weight",
+        )  # fmt: skip
+    if not reads_logits(router):
+        _refuse(
+            moe, "no router is learned", "", "load_balance_weight", "sequence_balance_weight", "router_z_weight",
+            "importance_weight", "input_jitter",
+        )  # fmt: skip
+
+
+def _refuse(moe: MoEConfig, why: str, capacity_hint: str, *names: str) -> None:
+    """Settings that would be silently without effect."""
+    for name in names:
+        value = getattr(moe, name)
+        if value:
+            hint = capacity_hint if "capacity" in name else ""
+            raise UserError(
+                f"config.model.moe.{name}={value} does nothing with {moe.router}, where {why}: leave it out{hint}"
+            )
 
 
 def _check_router(moe: MoEConfig, router: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ A thin skin: the decision is `decide`, rows move and are computed in `expert_par
 `balance`'s and statistics `routing_stats`'. Returns (y, losses) and sows one dict of tallies, `routing`.
 """
 
+import functools
 import inspect
 from typing import Literal
 
@@ -24,6 +25,29 @@ def router_inputs(router) -> set[str]:
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return {"tokens", "mask", "bias", "key"} | (parameters.keys() & {"noise_logits"})
     return set(parameters.keys() & {"tokens", "mask", "bias", "key", "noise_logits"})
+
+
+def reads_logits(router) -> bool:
+    """Whether the router has a kernel: not where its first parameter is called `_logits`, for it reads their shape."""
+    return next(iter(inspect.signature(router).parameters)) != "_logits"
+
+
+@functools.lru_cache(maxsize=256)
+def abstract_decision(config: MoEConfig, tokens: int = 16) -> routing.Routing | routing.ExpertChoice:
+    """The decision in a group of so many tokens as shapes and dtypes alone: traced, nothing runs.
+
+    So any router tells what it returns, a user's own too. Raises what the router raises on these shapes and options.
+    """
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct((1, tokens, *shape), dtype)
+
+    def trace(logits, noise_logits, ids, mask, bias):
+        return decide(config, logits, noise_logits=noise_logits, tokens=ids, mask=mask, bias=bias)
+
+    experts = config.num_experts
+    logits, bias = array(jnp.float32, experts), jax.ShapeDtypeStruct((experts,), jnp.float32)
+    return jax.eval_shape(trace, logits, logits, array(jnp.int32), array(jnp.bool_), bias)
 
 
 def decide(config: MoEConfig, logits, *, tokens, mask, bias=None, key=None, noise_logits=None, mode: Mode = "train"):
@@ -62,8 +86,9 @@ def decide(config: MoEConfig, logits, *, tokens, mask, bias=None, key=None, nois
 class MoE(nn.Module):
     """Router and experts: x (B, L, D), token ids (B, L), mask (B, L) bool -> (y (B, L, D), unweighted losses).
 
-    `hidden` is F. Parameters: router (D, E), gate and up (E, D, F), down (E, F, D), shared/…, and noise (D, E) for a
-    router that takes `noise_logits`; `router_state/bias` (E,) for one that takes `bias`.
+    `hidden` is F. Parameters: router (D, E) unless the router reads no logits, gate and up (E, D, F), down (E, F, D),
+    shared/…, and noise (D, E) for a router that takes `noise_logits`; `router_state/bias` (E,) for one that takes
+    `bias`.
     """
 
     config: MoEConfig
@@ -90,7 +115,8 @@ class MoE(nn.Module):
     def _route(self, x, tokens, mask):
         """float32 logits (B, L, E) and the decision, its leading axis the routing group."""
         config = self.config
-        wanted = router_inputs(routing.resolve(config.router))
+        router = routing.resolve(config.router)
+        wanted = router_inputs(router)
         key = self.make_rng("routing") if self.mode == "train" else None
         inputs = x.astype(jnp.float32)
         if config.input_jitter and key is not None:
@@ -103,7 +129,10 @@ class MoE(nn.Module):
             kernel = layers.parameter(self, name, init, shape, axes)
             return jnp.einsum("bld,de->ble", inputs, kernel, precision=lax.Precision.HIGHEST)
 
-        logits = score("router", layers.fan_in_init(0, 1, self.init_scale))
+        if reads_logits(router):
+            logits = score("router", layers.fan_in_init(0, 1, self.init_scale))
+        else:
+            logits = jnp.zeros((*x.shape[:2], config.num_experts), jnp.float32)
         noise_logits = score("noise", nn.initializers.zeros) if "noise_logits" in wanted else None
         bias = None
         if "bias" in wanted:
@@ -137,16 +166,20 @@ class MoE(nn.Module):
         return {"gate": gate.astype(dtype), "up": up.astype(dtype), "down": down.astype(dtype)}
 
     def _losses(self, logits, decision, mask):
-        """Unweighted losses over the global batch; sows the tallies. Expert choice is balanced by construction."""
+        """Unweighted losses over the global batch; sows the tallies.
+
+        Expert choice is balanced by construction: its load-balance loss is 1 where every expert finds its C tokens.
+        """
         config = self.config
         groups = mask if config.group == "sequence" or isinstance(decision, routing.Routing) else mask.reshape(1, -1)
         tallies = routing_stats.tallies(lax.stop_gradient(decision), groups)
         self.sow("intermediates", "routing", tallies, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-        losses = {"router_z_loss": balance.router_z_loss(logits, mask)}
         scores = decision.scores.reshape(logits.shape)
+        losses = {"load_balance_loss": balance.load_balance_loss(scores, tallies["selected"], mask)}
+        if reads_logits(routing.resolve(config.router)):
+            losses["router_z_loss"] = balance.router_z_loss(logits, mask)
         if isinstance(decision, routing.Routing):
             chosen = routing.chosen(decision, mask)
-            losses["load_balance_loss"] = balance.load_balance_loss(scores, tallies["selected"], mask)
             losses["sequence_balance_loss"] = balance.sequence_balance_loss(scores, decision.experts, chosen, mask)
         if config.importance_weight:
             losses["importance_loss"] = balance.importance_loss(scores, mask)

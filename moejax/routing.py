@@ -5,8 +5,9 @@
 
 A router takes of these keywords the ones it uses, and is called once per routing group (`MoE` maps it over groups). A
 parameter named `noise_logits` (T, E) asks `MoE` for a second kernel; one named `bias` asks for a selection bias, kept
-in `router_state`. Masked (padding) tokens come back with `keep` off. `key` is None outside training, and then every
-router is deterministic. Any function of this form, in any file, is a router: its name goes into the config.
+in `router_state`; where the first parameter is named `_logits`, only its shape is read and there is no kernel at all.
+Masked (padding) tokens come back with `keep` off. `key` is None outside training, and then every router is
+deterministic. Any function of this form, in any file, is a router: its name goes into the config.
 
 Gates are renormalised over the selected experts only where K > 1: at K = 1 the gate would be the constant 1 and the
 router would have no gradient, so there the gate is the score itself, whatever the router.
@@ -327,20 +328,20 @@ def _limit_groups(scores: Array, groups: int, groups_kept: int, best: int, exper
 
 
 @_router
-def hash(logits: Array, *, experts_per_token: int, tokens: Array, mask: Array, seed: int = 0) -> Routing:
+def hash(_logits: Array, *, experts_per_token: int, tokens: Array, mask: Array, seed: int = 0) -> Routing:
     """Hash layers (Roller et al. 2021, random hash): the token's id alone decides; gates are 1/K.
 
-    tokens (T,) i32 ids, mask (T,) bool; of logits (T, E) only the shape is used. The K experts are the K largest of a
-    hash of (id, expert, seed), so they are distinct and each equally likely. `scores` are the gates: no gradient.
+    tokens (T,) i32 ids, mask (T,) bool; of _logits (T, E) only the shape is read. The K experts are the K largest of
+    a hash of (id, expert, seed), so they are distinct and each equally likely. `scores` are the gates: no gradient.
     """
-    num_experts = logits.shape[-1]
+    num_experts = _logits.shape[-1]
     expert_hash = _mix(jnp.arange(num_experts, dtype=jnp.uint32) + jnp.uint32((seed * 0x9E3779B9 + 1) % 2**32))
     hashed = _mix(tokens.astype(jnp.uint32)[:, None] * jnp.uint32(0x85EBCA6B) ^ expert_hash[None, :])
     # 24 bits: every value is exact in float32
     _, experts = select_top_k((hashed >> jnp.uint32(8)).astype(jnp.float32), experts_per_token)
-    weights = jnp.full(experts.shape, 1 / experts_per_token, logits.dtype)
+    weights = jnp.full(experts.shape, 1 / experts_per_token, _logits.dtype)
     keep = _keep(mask, experts_per_token)
-    scores = multi_hot(experts, jnp.ones_like(keep), num_experts).astype(logits.dtype) / experts_per_token
+    scores = multi_hot(experts, jnp.ones_like(keep), num_experts).astype(_logits.dtype) / experts_per_token
     return Routing(experts, weights, scores, keep)
 
 
@@ -352,15 +353,15 @@ def _mix(x: Array) -> Array:
 
 
 @_router
-def random(logits: Array, *, experts_per_token: int, mask: Array, key: Array | None = None) -> Routing:
-    """The control: K distinct experts at random, gates 1/K, nothing learned. logits (T, E): only its shape is used.
+def random(_logits: Array, *, experts_per_token: int, mask: Array, key: Array | None = None) -> Routing:
+    """The control: K distinct experts at random, gates 1/K, nothing learned. _logits (T, E): as `hash`.
 
     When key is None a fixed key is used: position t of every group then always gets the same experts.
     """
-    draw = jax.random.uniform(jax.random.key(0) if key is None else key, logits.shape)
+    draw = jax.random.uniform(jax.random.key(0) if key is None else key, _logits.shape)
     _, experts = select_top_k(draw, experts_per_token)
-    weights = jnp.full(experts.shape, 1 / experts_per_token, logits.dtype)
-    return Routing(experts, weights, jnp.full_like(logits, 1 / logits.shape[-1]), _keep(mask, experts_per_token))
+    weights = jnp.full(experts.shape, 1 / experts_per_token, _logits.dtype)
+    return Routing(experts, weights, jnp.full_like(_logits, 1 / _logits.shape[-1]), _keep(mask, experts_per_token))
 
 
 # ---- expert choice

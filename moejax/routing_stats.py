@@ -22,11 +22,11 @@ def tallies(decision: Routing | ExpertChoice, mask: Array) -> dict[str, Array]:
 
     For a Routing, whatever its leading axes (…, K), mask (…) bool:
       selected (E,) i32: choices before capacity, what the bias rule and the balance loss count;
-      dropped, choices () i32: choices lost to capacity, and all choices;
+      dropped () i32: choices lost to capacity; assignments () i32: T·K, those that a router gave up among them;
       gate (E,) f32: the gates of the kept choices, summed;
       together (E, E) i32: tokens that chose both i and j (the diagonal: `selected`).
-    For an ExpertChoice of tokens (…, E, C) in groups, mask (…, T_group), the same, where a choice is a token:
-    `dropped` counts the tokens that no expert took and `choices` all tokens.
+    For an ExpertChoice of tokens (…, E, C) in groups, mask (…, T_group), the same, where no token has K choices of its
+    own: there a token is one assignment, `dropped` if no expert took it, and T of them are the `assignments`.
     """
     if isinstance(decision, ExpertChoice):
         return _expert_choice_tallies(decision, mask)
@@ -37,7 +37,7 @@ def tallies(decision: Routing | ExpertChoice, mask: Array) -> dict[str, Array]:
     return {
         "selected": expert_counts(decision.experts, choices, num_experts),
         "dropped": jnp.sum(choices & ~kept, dtype=jnp.int32),
-        "choices": jnp.sum(choices, dtype=jnp.int32),
+        "assignments": jnp.sum(mask, dtype=jnp.int32) * choices.shape[-1],
         "gate": jnp.sum(gates, axis=tuple(range(mask.ndim))),
         "together": _together(multi_hot(decision.experts, choices, num_experts)),
     }
@@ -59,7 +59,7 @@ def _expert_choice_tallies(decision: ExpertChoice, mask: Array) -> dict[str, Arr
     return {
         "selected": jnp.sum(taken, axis=(*groups, mask.ndim - 1), dtype=jnp.int32),
         "dropped": jnp.sum(mask & ~jnp.any(taken, axis=-1), dtype=jnp.int32),
-        "choices": jnp.sum(mask, dtype=jnp.int32),
+        "assignments": jnp.sum(mask, dtype=jnp.int32),
         "gate": jnp.sum(decision.weights, axis=(*groups, -1)),
         "together": _together(taken),
     }
@@ -78,7 +78,8 @@ def summarise(tallies: Mapping[str, Array]) -> dict[str, Array]:
     max_violation (…): MaxVio = (max load − mean load) / mean load, before capacity (Wang et al. 2024, eq. 4); 0 when
     nothing was routed.
     entropy (…): of the load, over ln E: 1 when uniform, 0 when one expert has all.
-    dropped_fraction (…): of the choices, lost to capacity (expert choice: of the tokens, taken by no expert).
+    dropped_fraction (…): dropped / assignments of `tallies`: of T·K choices those lost to capacity; in expert choice,
+    of the tokens those that no expert took.
     gate_share (…, E): each expert's share of the summed gates, after capacity.
     coactivation (…, E, E): of the tokens that chose i, the share that also chose j; the diagonal is 1 where i is used.
     """
@@ -93,24 +94,29 @@ def summarise(tallies: Mapping[str, Array]) -> dict[str, Array]:
         "max_violation": jnp.where(used, jnp.max(load, axis=-1) * num_experts - 1, 0.0),
         "entropy": entropy / np.float32(np.log(max(num_experts, 2))),
         "dropped_fraction": tallies["dropped"].astype(jnp.float32)
-        / jnp.maximum(tallies["choices"], 1).astype(jnp.float32),
+        / jnp.maximum(tallies["assignments"], 1).astype(jnp.float32),
         "gate_share": gate / jnp.maximum(jnp.sum(gate, axis=-1, keepdims=True), 1e-20),
         "coactivation": tallies["together"].astype(jnp.float32) / jnp.maximum(selected, 1.0)[..., None],
     }
 
 
 def dead_experts(selected: Array | np.ndarray) -> np.ndarray:
-    """(…, E) bool: experts that no token chose, from `selected` summed over a window of steps; none if all are 0."""
+    """(…, E) bool: experts without a token, from `selected` summed over a window of steps; none if all are 0.
+
+    metrics.jsonl counts them over one logged line, the warning of `dead_line` over several.
+    """
     selected = np.asarray(selected)
     return (selected == 0) & (selected.sum(axis=-1, keepdims=True) > 0)
 
 
 def dead_line(selected: Array | np.ndarray, steps: int) -> str | None:
-    """One line that names the experts no token chose for `steps` steps, or None. selected (layers, E), summed."""
+    """One line that names the experts without a token in `steps` steps, or None. selected (layers, E), summed."""
     dead = dead_experts(selected)
     if not dead.any():
         return None
     layers = [
         f"layer {layer}: {', '.join(map(str, np.flatnonzero(row)))}" for layer, row in enumerate(dead) if row.any()
     ]
-    return f"warning: {int(dead.sum())} dead experts, chosen by no token for {steps} steps ({'; '.join(layers)})"
+    count = int(dead.sum())
+    noun = "expert" if count == 1 else "experts"
+    return f"warning: {count} dead {noun}, without a token in the last {steps} steps ({'; '.join(layers)})"

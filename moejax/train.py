@@ -21,7 +21,7 @@ from moejax.train_step import TrainState, compiled_step, create, state_shardings
 
 _log = logging.getLogger(__name__)
 TREES = ("params", "router_state", "opt_state", "load")
-DEAD_LINES = 3  # an expert without a token for this many logged lines is worth a warning
+DEAD_LINES = 3  # an expert without a token for this many logged lines is worth a warning; a line counts its own steps
 
 
 def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, progress: bool = True) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def to_line(step: int, values: dict[str, jax.Array], tokens_per_second: float) -
     """A line of metrics.jsonl from a step's metrics: plain numbers, None where a dense model has no such thing."""
     values = {name: np.asarray(value).tolist() for name, value in values.items() if value is not None}
     load = values.pop("load", None)
-    dead = None if load is None else int(np.sum(np.asarray(load) == 0))
+    dead = None if load is None else int(np.sum(routing_stats.dead_experts(load)))
     return {"step": step} | {name: values.get(name) for name in metrics.FIELDS} | {
         "tokens_per_second": tokens_per_second, "dead_experts": dead, "step": step
     }  # fmt: skip

@@ -46,6 +46,8 @@ def test_a_sparse_model_by_hand():
         {"moe": MoEConfig(num_experts=6, experts_per_token=2, shared_experts=2, expert_width=4)},
         {"num_layers": 5, "first_dense_layers": 1, "moe_every": 2, "moe": MoEConfig(num_experts=4)},
         {"moe": MoEConfig(router="moejax.routing:noisy_top_k", num_experts=4, experts_per_token=2)},
+        {"moe": MoEConfig(router="moejax.routing:hash", num_experts=4)},
+        {"moe": MoEConfig(router="moejax.routing:expert_choice", num_experts=4, experts_per_token=2)},
     ],
 )
 def test_the_count_is_the_models(changes):
@@ -53,6 +55,25 @@ def test_the_count_is_the_models(changes):
     shapes = jax.eval_shape(LM(config).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     wanted = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
     assert accounting.account(config, 8).total_params == wanted
+
+
+def test_experts_that_choose_tokens_count_in_the_mean(tmp_path):
+    """A user's own router tells by what it returns: C = ceil(1.5 · 10 · 1 / 4) = 4, so 4 · 4 / 10 experts per token."""
+    (tmp_path / "mine.py").write_text(
+        "from moejax import routing\n"
+        "def route(logits, *, experts_per_token, mask):\n"
+        "    return routing.expert_choice(logits, experts_per_token=1, mask=mask, capacity_factor=1.5)\n"
+    )
+    moe = MoEConfig(router=f"{tmp_path}/mine.py:route", num_experts=4, expert_width=5)
+    counts, dense = (accounting.account(dataclasses.replace(SMALL, moe=m), sequence_length=10) for m in (moe, None))
+    # An expert is 3 · 8 · 5 = 120, an FFN 3 · 8 · 16 = 384; 1.6 · 120 = 192 in each of two layers.
+    assert counts.active_flops_per_token - dense.active_flops_per_token == 2 * 2 * (192 - 384)
+    assert counts.active_params - dense.active_params == 2 * (192 + 32 - 384)  # the router is 8 · 4
+
+
+def test_a_hash_router_is_no_product():
+    counts = accounting.account(dataclasses.replace(SMALL, moe=MoEConfig(router="moejax.routing:hash")), 10)
+    assert counts.router_flops_per_token == 0
 
 
 def ablation(name: str):
@@ -91,7 +112,7 @@ def test_unequal_arms_are_refused_with_both_named():
     assert set(accounting.equal_flops_check(arms, classes={"a": ("narrow",), "b": ("wide",)})) == {"narrow", "wide"}
 
 
-@pytest.mark.parametrize("name", ["dense", "hash", "switch", "gshard", "fine_grained", "fine_grained_aux_free"])
+@pytest.mark.parametrize("name", ["hash", "switch", "gshard", "fine_grained", "fine_grained_aux_free", "expert_choice"])
 def test_the_small_configs_cost_what_the_dense_one_does(name):
     def flops(name):
         values = importlib.import_module(f"experiments.configs.{name}").get_config()

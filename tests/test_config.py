@@ -123,6 +123,12 @@ MOE = {"num_experts": 8, "experts_per_token": 2}
                                {"groups": 3, "groups_kept": 1}}}},
             "num_experts=8 is no multiple of router_options.groups=3",
         ),
+        (
+            {"model": {"moe": {**MOE, "router": "moejax.routing:group_limited_sigmoid", "router_options":
+                               {"groups": 8, "groups_kept": 1}}}},
+            "give groups_kept between 2 and 8",
+        ),
+        ({"model": {"moe": {**MOE, "router": "moejax.routing:dense_mixture"}}}, "set experts_per_token=8"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_one_line_that_says_so(values, words):
@@ -192,6 +198,52 @@ def test_other_experts_per_token_at_evaluation():
     ):
         with pytest.raises(UserError, match=words):
             configs.with_experts_per_token(refused, number)
+
+
+OWN_ROUTER = textwrap.dedent("""
+    import jax.numpy as jnp
+    from moejax import routing
+
+    def route(logits, *, experts_per_token, mask, c=1.5):
+        return routing.expert_choice(logits, experts_per_token=experts_per_token, mask=mask, capacity_factor=c)
+
+    def decides_nothing(logits, *, experts_per_token):
+        return logits, experts_per_token
+""")
+
+
+@pytest.fixture
+def own_router(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN_ROUTER)
+    return path
+
+
+def test_expert_choice_refuses_what_it_would_ignore_a_users_own_too(own_router):
+    for router, hint in (("moejax.routing:expert_choice", "its own is router_options.capacity_factor"),
+                         (f"{own_router}:route", "")):  # fmt: skip
+        for name, value in (("capacity_factor", 1.25), ("eval_capacity_factor", 2.0), ("load_balance_weight", 0.01),
+                            ("sequence_balance_weight", 0.01)):  # fmt: skip
+            with pytest.raises(UserError, match=f"config.model.moe.{name}={value} does nothing with ") as error:
+                from_config_dict({"model": {"moe": {**MOE, "router": router, name: value}}})
+            assert hint in str(error.value) or "capacity" not in name
+        config = from_config_dict({"model": {"moe": {**MOE, "router": router, "router_z_weight": 0.1}}})
+        with pytest.raises(UserError, match="experts choose tokens"):
+            configs.with_experts_per_token(config, 1)
+
+
+@pytest.mark.parametrize("router", ["hash", "random"])
+def test_a_router_that_learns_nothing_refuses_what_would_do_nothing(router):
+    given = {**MOE, "router": f"moejax.routing:{router}", "capacity_factor": 1.25}
+    assert from_config_dict({"model": {"moe": given}}).model.moe.capacity_factor == 1.25
+    for name in ("load_balance_weight", "router_z_weight", "importance_weight", "input_jitter"):
+        with pytest.raises(UserError, match=f"config.model.moe.{name}=0.1 does nothing with .*no router is learned"):
+            from_config_dict({"model": {"moe": {**given, name: 0.1}}})
+
+
+def test_a_function_that_is_no_router_is_refused(own_router):
+    with pytest.raises(UserError, match="returns a tuple: it must return a Routing or an ExpertChoice"):
+        from_config_dict({"model": {"moe": {**MOE, "router": f"{own_router}:decides_nothing"}}})
 
 
 def test_configs_hash_although_options_are_a_dict():

@@ -23,7 +23,7 @@ def run(name, **mesh):
 @pytest.mark.parametrize("name", ["dense", "gshard"])
 def test_is_the_mean_over_targets_and_the_violation_of_summed_loads(name):
     model, variables = small.initialised(name)
-    nats, targets, selected, dropped, choices = 0.0, 0, 0, 0, 0
+    nats, targets, selected, dropped, assignments = 0.0, 0, 0, 0, 0
     for batch in batches():
         (logits, _), sown = jax.jit(
             lambda b: model.apply(
@@ -39,7 +39,7 @@ def test_is_the_mean_over_targets_and_the_violation_of_summed_loads(name):
             tallies = jax.tree.map(np.asarray, sown["intermediates"]["layers"]["moe"]["routing"])
             selected += tallies["selected"]
             dropped += tallies["dropped"]
-            choices += tallies["choices"]
+            assignments += tallies["assignments"]
     result = run(name)
     assert targets == result["targets"] == 8 * 16 + 8 * 11
     np.testing.assert_allclose(result["loss"], nats / targets, rtol=1e-6)
@@ -52,7 +52,7 @@ def test_is_the_mean_over_targets_and_the_violation_of_summed_loads(name):
     violations = selected.max(axis=-1) / selected.mean(axis=-1) - 1
     np.testing.assert_allclose(result["max_violation_per_layer"], violations, rtol=1e-6)
     np.testing.assert_allclose(result["max_violation"], violations.mean(), rtol=1e-6)
-    np.testing.assert_allclose(result["dropped_fraction"], (dropped / choices).mean(), rtol=1e-6)
+    np.testing.assert_allclose(result["dropped_fraction"], (dropped / assignments).mean(), rtol=1e-6)
     assert result["dropped_fraction"] > 0
     load = selected / selected.sum(axis=-1, keepdims=True)
     np.testing.assert_allclose(result["routing_entropy"], -(load * np.log(load)).sum(-1).mean() / np.log(4), rtol=1e-5)

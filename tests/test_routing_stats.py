@@ -32,7 +32,7 @@ def test_statistics_by_hand():
     )
     counted = tallies(r, np.array([True, True, True, True, False]))
     assert counted["selected"].tolist() == [3, 3, 1, 0]
-    assert (int(counted["dropped"]), int(counted["choices"])) == (1, 7)
+    assert (int(counted["dropped"]), int(counted["assignments"])) == (1, 8)  # 4 tokens · 2, the one given up too
     close(counted["gate"], [2.1, 1.6, 0.0, 0.0])  # 0.6 + 0.7 + 0.8, 0.4 + 0.3 + 0.9; what was dropped has no gate
     assert counted["together"].tolist() == [[3, 2, 1, 0], [2, 3, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
     s = summarise(counted)
@@ -40,7 +40,7 @@ def test_statistics_by_hand():
     close(s["max_violation"], 5 / 7)  # mean 7/4: (3 − 1.75) / 1.75
     # −(2 · 3/7 · ln(3/7) + 1/7 · ln(1/7)) = 0.7262553 + 0.2779872; / ln 4 = 1.3862944
     close(s["entropy"], 1.0042425 / 1.3862944)
-    close(s["dropped_fraction"], 1 / 7)
+    close(s["dropped_fraction"], 1 / 8)
     close(s["gate_share"], [2.1 / 3.7, 1.6 / 3.7, 0, 0])
     close(s["coactivation"], [[1, 2 / 3, 1 / 3, 0], [2 / 3, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]])
 
@@ -73,7 +73,7 @@ def test_expert_choice_by_hand():
     counted = tallies(decision, mask)
     # group 0: tokens 0 and 1 have all experts, token 2 none; group 1: token 0 experts 0, 1; token 1 all three
     assert counted["selected"].tolist() == [4, 4, 3]
-    assert (int(counted["dropped"]), int(counted["choices"])) == (1, 5)
+    assert (int(counted["dropped"]), int(counted["assignments"])) == (1, 5)  # of 5 tokens
     close(counted["gate"], [1.7, 1.2, 0.6])
     assert counted["together"].tolist() == [[4, 4, 3], [4, 4, 3], [3, 3, 3]]
     close(summarise(counted)["dropped_fraction"], 0.2)
@@ -106,7 +106,7 @@ def test_tallies_add_up_over_microbatches_and_agree_with_a_loop(seed):
     np.testing.assert_array_equal(whole["selected"], selected)
     np.testing.assert_array_equal(whole["together"], together)
     close(whole["gate"], gate)
-    assert whole["dropped"] == (mask[..., None] & ~decision.keep).sum() and whole["choices"] == 2 * mask.sum()
+    assert whole["dropped"] == (mask[..., None] & ~decision.keep).sum() and whole["assignments"] == 2 * mask.sum()
 
 
 def test_statistics_on_a_mesh_that_splits_the_batch_are_those_of_one_device():
@@ -142,8 +142,9 @@ def test_dead_experts_are_named_in_one_line():
     load = np.array([[3, 0, 5, 0], [1, 1, 1, 1], [0, 8, 1, 1]])
     assert routing_stats.dead_experts(load).tolist() == (load == 0).tolist()
     assert routing_stats.dead_line(load, 100) == (
-        "warning: 3 dead experts, chosen by no token for 100 steps (layer 0: 1, 3; layer 2: 0)"
+        "warning: 3 dead experts, without a token in the last 100 steps (layer 0: 1, 3; layer 2: 0)"
     )
+    assert routing_stats.dead_line(load[1:], 20).startswith("warning: 1 dead expert, without a token in the last 20")
     assert routing_stats.dead_line(load[1:2], 100) is None
     # a layer that routed nothing at all, such as before the first step, isn't dead
     assert routing_stats.dead_line(np.zeros((2, 4)), 100) is None
