@@ -49,7 +49,8 @@ def _backward(window, residuals, grad):
     # Σ_m p·dp of a query is its output times its gradient.
     along = jnp.sum(_heads_first(out, k.shape[2]).astype(jnp.float32) * grads.astype(jnp.float32), -1, keepdims=True)
     dqueries = []
-    dkeys, dvalues = (jnp.zeros(y.shape, jnp.float32) for y in (keys, values))
+    # Kept turned, (B, G, hd, L): with the few columns of a head on the left XLA's product is twice as fast.
+    dkeys, dvalues = (jnp.zeros((*y.shape[:2], y.shape[3], y.shape[2]), jnp.float32) for y in (keys, values))
     for block in _blocks(q.shape[1], window):
         rows, columns = block
         query, back = queries[:, :, :, rows], grads[:, :, :, rows]
@@ -58,11 +59,12 @@ def _backward(window, residuals, grad):
         dweights = _product(back, values[:, :, columns], 3, 3)
         dscores = (weights * (dweights - along[:, :, :, rows])).astype(q.dtype)
         dqueries.append(_product(dscores, keys[:, :, columns], 3, 2))
-        dkeys = dkeys.at[:, :, columns].add(_sum_over_rows(dscores, query))
-        dvalues = dvalues.at[:, :, columns].add(_sum_over_rows(weights.astype(v.dtype), back))
+        dkeys = dkeys.at[..., columns].add(_sum_over_rows(query, dscores))
+        dvalues = dvalues.at[..., columns].add(_sum_over_rows(back, weights.astype(v.dtype)))
     scale = q.shape[-1] ** -0.5
     dq = _heads_last(jnp.concatenate(dqueries, axis=3)) * scale
-    return dq.astype(q.dtype), (_swap(dkeys) * scale).astype(k.dtype), _swap(dvalues).astype(v.dtype), None
+    dk, dv = (jnp.transpose(y, (0, 3, 1, 2)) for y in (dkeys * scale, dvalues))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 attend.defvjp(_forward, _backward)
@@ -102,7 +104,7 @@ def _product(left, right, left_axis: int, right_axis: int) -> jax.Array:
 
 
 def _sum_over_rows(left, right) -> jax.Array:
-    """left (B, G, r, rows, m), right (B, G, r, rows, hd) -> (B, G, m, hd) float32, summed over a group's queries."""
+    """left (B, G, r, rows, hd), right (B, G, r, rows, m) -> (B, G, hd, m) float32, summed over a group's queries."""
     left, right = (y.reshape(*y.shape[:2], -1, y.shape[-1]) for y in (left, right))
     return lax.dot_general(left, right, (((2,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
