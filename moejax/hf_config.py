@@ -1,0 +1,122 @@
+"""config.json of a checkpoint as a family's frozen dataclass, strictly: every key is used, or known to be harmless.
+
+A family's dataclass carries transformers 5's names and defaults. Older spellings are read too: `aliases` maps a key to
+today's name, and `rope_theta` with `rope_scaling` becomes `rope_parameters`.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moejax import schema
+from moejax.errors import UserError
+from moejax.rope import Rope
+
+# Keys that say nothing about what the model computes.
+HARMLESS = frozenset({
+    "_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder",
+    "is_encoder_decoder", "label2id", "max_position_embeddings", "model_type", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
+    "transformers_version", "use_cache",
+})  # fmt: skip
+_ROPE_KEYS = {field.name for field in dataclasses.fields(Rope)}
+
+
+def read_json(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint's folder; UserError where there is none or it can't be read."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} can't be read as JSON") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold one JSON object")
+    return raw
+
+
+def parse(
+    cls: Any,
+    raw: Mapping[str, Any],
+    *,
+    aliases: Mapping[str, str] | None = None,
+    fixed: Mapping[str, tuple[Any, ...]] | None = None,
+    harmless: frozenset[str] = frozenset(),
+) -> Any:
+    """A `cls` from the keys of config.json; fields that are left out take their defaults.
+
+    fixed: keys whose value may only be one of those given, the ones that the family computes.
+
+    Raises:
+      UserError: an unknown key, a wrong type, or a value of a fixed key that isn't supported.
+    """
+    fields = {field.name for field in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    if "rope" in fields:
+        default = {field.name: field for field in dataclasses.fields(cls)}["rope"].default
+        raw, values["rope"] = _rope(raw, default)
+    for key, value in raw.items():
+        name = (aliases or {}).get(key, key)
+        if name in fields:
+            if name in values and values[name] != value:
+                raise UserError(f"config.json gives {name} twice, as {values[name]!r} and as {key}={value!r}")
+            values[name] = value
+        elif fixed and name in fixed:
+            if value not in fixed[name]:
+                allowed = " or ".join(map(repr, fixed[name]))
+                raise UserError(f"config.json: {key}={value!r} is not supported; this family computes {allowed}")
+        elif name not in HARMLESS and name not in harmless:
+            near = difflib.get_close_matches(name, sorted(fields), n=1)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            raise UserError(f"config.json: unknown attribute {key}={str(value)[:60]!r}{hint}")
+    return schema.parse(cls, values)
+
+
+def _rope(raw: Mapping[str, Any], default: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rest of `raw`, and its rotary settings in one dict, whichever way they are spelled."""
+    rest = dict(raw)
+    found = dict(rest.pop("rope_parameters", None) or {})
+    scaling = dict(rest.pop("rope_scaling", None) or {})
+    theta = rest.pop("rope_theta", None)
+    if "original_max_position_embeddings" in rest:
+        scaling.setdefault("original_max_position_embeddings", rest.pop("original_max_position_embeddings"))
+    for old in (found, scaling):
+        kind = old.pop("type", None)
+        if kind is not None and old.setdefault("rope_type", kind) != kind:
+            raise UserError(f"config.json gives two rope types, {kind!r} and {old['rope_type']!r}")
+        if old.pop("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError("config.json: partial_rotary_factor other than 1 is not supported by this family")
+    found = scaling | found
+    if not found and theta is None and isinstance(default, Rope):
+        return rest, schema.to_dict(default)
+    found.setdefault("rope_theta", theta if theta is not None else getattr(default, "rope_theta", 10_000.0))
+    if found.get("rope_type", "default") == "default":
+        unused = _ROPE_KEYS - {"rope_type", "rope_theta"}
+        found = {key: value for key, value in found.items() if key not in unused}
+    elif found["rope_type"] in ("yarn", "llama3"):
+        longest = raw.get("max_position_embeddings")
+        original = found.setdefault("original_max_position_embeddings", longest)
+        if found.get("factor") is None and longest and original:
+            found["factor"] = longest / original
+    return rest, found
+
+
+def rope_parameters(rope: Rope) -> dict[str, Any]:
+    """`Rope` as config.json holds it: without what is unset."""
+    values = {name: value for name, value in schema.to_dict(rope).items() if value is not None}
+    if rope.rope_type != "yarn":
+        values.pop("truncate")
+    return values
+
+
+def to_json(config: Any, architecture: str, model_type: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a family's dataclass, in the spelling of transformers 5; `extra` adds keys or replaces them."""
+    values = {name: value for name, value in schema.to_dict(config).items() if name != "rope"}
+    if hasattr(config, "rope"):
+        values["rope_parameters"] = rope_parameters(config.rope)
+    return {"architectures": [architecture], "model_type": model_type} | values | dict(extra)

@@ -1,0 +1,179 @@
+"""Hugging Face checkpoints into moejax: every tensor is accounted for on both sides before anything is loaded."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from moejax import hf_config, hf_tensors, safetensors
+from moejax.errors import UserError
+from moejax.hf_tensors import Shape
+from moejax.models.family import Family
+
+# Each of 16 codes of MXFP4 (OCP microscaling: sign, two exponent bits, one of mantissa) as a number.
+_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_FP8_BLOCK = 128
+
+
+class Source:
+    """The tensors of a checkpoint's folder by name, dequantised: `shapes` of all, `read` of one.
+
+    X with X_scale_inv beside it (float8, a scale per 128 × 128 block: DeepSeek-V3) and X_blocks with X_scales (MXFP4:
+    gpt-oss) come out as bfloat16 under the name X. `ignored` is a regular expression of names that are left out; how
+    many is in `left_out`.
+    """
+
+    def __init__(self, folder: Path, ignored: str):
+        self.folder = folder
+        self._shards = safetensors.open_folder(folder)
+        self.shapes: dict[str, Shape] = {}
+        self.left_out = 0
+        for name, shard in self._shards.items():
+            shape = shard.tensors[name][1]
+            if re.fullmatch(ignored, name):
+                self.left_out += 1
+            elif name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in self._shards:
+                # (E, out, groups, 16 bytes of two codes) -> (E, in, out)
+                self.shapes[name.removesuffix("_blocks")] = (shape[0], shape[2] * shape[3] * 2, shape[1])
+            elif not self._is_scale(name):
+                self.shapes[name] = shape
+
+    def _is_scale(self, name: str) -> bool:
+        if name.endswith("_scales"):
+            return name.removesuffix("_scales") + "_blocks" in self._shards
+        return name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in self._shards
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that `read` gives."""
+        if name not in self._shards or name + "_scale_inv" in self._shards:
+            return np.dtype(ml_dtypes.bfloat16)
+        return np.dtype(safetensors.DTYPES[self._shards[name].tensors[name][0]])
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor. UserError where it holds a NaN, or is quantised in a way that isn't known."""
+        if name not in self._shards:
+            blocks, scales = self._raw(name + "_blocks"), self._raw(name + "_scales")
+            return dequantise_mxfp4(blocks, scales)
+        tensor = self._raw(name)
+        if name + "_scale_inv" in self._shards:
+            tensor = dequantise_fp8(tensor, self._raw(name + "_scale_inv"))
+        elif tensor.dtype.itemsize == 1:
+            raise UserError(f"{self.folder}: tensor {name} is {tensor.dtype} without a {name}_scale_inv beside it")
+        return tensor
+
+    def _raw(self, name: str) -> np.ndarray:
+        tensor = self._shards[name].read(name)
+        if has_nan(tensor):
+            raise UserError(f"{self._shards[name].path}: tensor {name} holds a NaN")
+        return tensor
+
+
+def has_nan(tensor: np.ndarray) -> bool:
+    """Whether a float tensor holds a NaN; by bits where numpy would go through float32 element by element."""
+    if tensor.dtype == ml_dtypes.bfloat16:
+        return bool(np.any((tensor.view(np.uint16) & 0x7FFF) > 0x7F80))
+    if tensor.dtype == ml_dtypes.float8_e4m3fn:
+        return bool(np.any((tensor.view(np.uint8) & 0x7F) == 0x7F))
+    return tensor.dtype.kind == "f" and bool(np.any(np.isnan(tensor)))
+
+
+def dequantise_fp8(tensor: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
+    """bfloat16 (out, in) from float8 and one float32 factor per block of 128 × 128 (DeepSeek-V3 2024, §3.3.2)."""
+    rows, columns = tensor.shape
+    needed = (-(-rows // _FP8_BLOCK), -(-columns // _FP8_BLOCK))
+    if scale_inv.shape != needed:
+        raise UserError(f"float8 tensor of {tensor.shape} needs scales of {needed}, and has {scale_inv.shape}")
+    scales = np.repeat(scale_inv.astype(np.float32), _FP8_BLOCK, axis=1)[:, :columns]
+    out = np.empty(tensor.shape, ml_dtypes.bfloat16)
+    for block, factors in enumerate(scales):
+        part = slice(block * _FP8_BLOCK, (block + 1) * _FP8_BLOCK)
+        out[part] = (tensor[part].astype(np.float32) * factors).astype(ml_dtypes.bfloat16)
+    return out
+
+
+def dequantise_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """bfloat16 (E, in, out) from uint8 blocks (E, out, in / 32, 16), low code first, and scales (E, out, in / 32).
+
+    A block of 32 shares the factor 2^(scale − 127).
+    """
+    E, rows, groups, half = blocks.shape
+    if scales.shape != (E, rows, groups):
+        raise UserError(f"MXFP4 blocks of {blocks.shape} need scales of {(E, rows, groups)}, and have {scales.shape}")
+    out = np.empty((E, groups * half * 2, rows), ml_dtypes.bfloat16)
+    for expert in range(E):
+        codes = np.stack([blocks[expert] & 0xF, blocks[expert] >> 4], axis=-1).reshape(rows, groups, 2 * half)
+        values = np.ldexp(_FP4[codes], scales[expert].astype(np.int32)[..., None] - 127)
+        out[expert] = values.reshape(rows, -1).T.astype(ml_dtypes.bfloat16)
+    return out
+
+
+def abstract(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every variable of a model by path, "params/layer_0/…", as shapes: nothing is allocated."""
+    variables = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32)), jax.random.key(0))
+    kept = {name: tree for name, tree in nn.unbox(variables).items() if name in ("params", "router_state")}
+    return hf_tensors.flatten(kept)
+
+
+def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, Any, dict[str, Any]]:
+    """The family of a checkpoint's config.json, the family's config, and the JSON itself.
+
+    Raises:
+      UserError: an architecture that isn't known, or a config that the family refuses.
+    """
+    raw = hf_config.read_json(folder)
+    kinds = {family.architecture: family for family in families.values()}
+    named = raw.get("architectures") or []
+    family = next((kinds[name] for name in named if name in kinds), None)
+    if not named:
+        family = families.get(str(raw.get("model_type")))
+    if family is None:
+        shown = ", ".join(map(str, named)) or raw.get("model_type")
+        raise UserError(f"{folder}: architecture {shown} is not known; there are {', '.join(sorted(kinds))}")
+    return family, family.read_config(raw), raw
+
+
+def parameters(source: Source, family: Family, config: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, array) of every parameter, one rule at a time, after all names and shapes were checked.
+
+    dtype: of the parameters; None keeps each tensor's. Selection biases stay float32.
+    """
+    wanted = {path: leaf.shape for path, leaf in abstract(family.model(config)).items()}
+    rules = family.rules(config)
+    tensors = hf_tensors.expected(rules, wanted)
+    tied = config.tie_word_embeddings and "lm_head.weight" in source.shapes and "lm_head.weight" not in tensors
+    present = {name: shape for name, shape in source.shapes.items() if not (tied and name == "lm_head.weight")}
+    hf_tensors.check(str(source.folder), tensors, present)
+    if tied and not np.array_equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
+        raise UserError(f"{source.folder}: lm_head.weight differs from the embedding, and config.json ties the two")
+    for rule in rules:
+        arrays = rule.read([wanted[path] for path in rule.paths], [source.read(name) for name in rule.names])
+        for path, array in zip(rule.paths, arrays, strict=True):
+            target = np.dtype(np.float32) if path.startswith("router_state/") else np.dtype(dtype or array.dtype)
+            yield path, array if array.dtype == target else array.astype(target)
+
+
+def load(folder: str | Path, families: Mapping[str, Family], dtype: Any = jnp.float32) -> tuple[nn.Module, dict]:
+    """(model, variables) of a Hugging Face checkpoint; parameters and compute in `dtype`."""
+    folder = Path(folder)
+    family, config, _ = read_config(folder, families)
+    found = parameters(Source(folder, family.ignored), family, config, dtype)
+    # Copied: a view of the file would follow the file.
+    variables = {path: jnp.array(array, copy=True) for path, array in found}
+    return family.model(config, dtype=jnp.dtype(dtype)), hf_tensors.unflatten(variables)
+
+
+def eos_ids(folder: Path) -> list[int]:
+    """The ids that end a text, from generation_config.json or config.json; [] where neither tells."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if found is not None:
+                return found if isinstance(found, list) else [found]
+    return []

@@ -1,0 +1,86 @@
+"""What a published family declares beside its model, and the tensor names that most families share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from moejax import hf_config, hf_tensors
+from moejax.hf_tensors import Rule
+from moejax.models.parts import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One published architecture.
+
+    name: its `model_type`. architecture: transformers' class. config: the dataclass of its config.json. rules: the
+    tensors of a config's parameters. presets: published sizes by name. aliases, fixed, harmless: see `hf_config.parse`.
+    ignored: a regular expression of tensor names that hold no parameter. Where config.json nests, `read` turns it into
+    the flat form that `config` has, and `write` turns it back.
+    """
+
+    name: str
+    architecture: str
+    config: type
+    model: type[Decoder]
+    rules: Callable[[Any], list[Rule]]
+    presets: Mapping[str, Any]
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+    ignored: str = r".*rotary_emb\.inv_freq"
+    read: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    write: Callable[[dict[str, Any]], dict[str, Any]] = dict
+
+    def read_config(self, raw: Mapping[str, Any]) -> Any:
+        """The family's config from what config.json holds; UserError for what isn't known."""
+        return hf_config.parse(
+            self.config, self.read(dict(raw)), aliases=self.aliases, fixed=self.fixed, harmless=self.harmless
+        )
+
+    def write_config(self, config: Any) -> dict[str, Any]:
+        """What config.json holds, in transformers 5's spelling."""
+        fixed = {name: values[0] for name, values in self.fixed.items()}
+        return self.write(hf_config.to_json(config, self.architecture, self.name, fixed))
+
+
+def outer_rules(config: Any) -> list[Rule]:
+    """Embedding, last norm, and the unembedding where it isn't tied."""
+    rules = [
+        hf_tensors.copy("params/embedding", "model.embed_tokens.weight"),
+        hf_tensors.copy("params/final_norm/scale", "model.norm.weight"),
+    ]
+    if not config.tie_word_embeddings:
+        rules.append(hf_tensors.linear("params/unembedding", "lm_head.weight"))
+    return rules
+
+
+def norm_rules(layer: int) -> list[Rule]:
+    """The two norms of a pre-norm block."""
+    ours, theirs = f"params/layer_{layer}", f"model.layers.{layer}"
+    return [
+        hf_tensors.copy(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"),
+        hf_tensors.copy(f"{ours}/ffn_norm/scale", f"{theirs}.post_attention_layernorm.weight"),
+    ]
+
+
+def attention_rules(layer: int, biased: str = "") -> list[Rule]:
+    """Queries, keys, values and output; `biased`: the letters of "qkvo" that have a bias."""
+    ours, theirs = f"params/layer_{layer}/attention", f"model.layers.{layer}.self_attn"
+    rules = []
+    for letter, name in {"q": "query", "k": "key", "v": "value", "o": "out"}.items():
+        rules.append(hf_tensors.linear(f"{ours}/{name}", f"{theirs}.{letter}_proj.weight", 2 if letter == "o" else 1))
+        if letter in biased:
+            rules.append(hf_tensors.flat(f"{ours}/{name}_bias", f"{theirs}.{letter}_proj.bias"))
+    return rules
+
+
+def ffn_rules(ours: str, theirs: str) -> list[Rule]:
+    """A dense SwiGLU."""
+    return [hf_tensors.linear(f"{ours}/{name}", f"{theirs}.{name}_proj.weight") for name in ("gate", "up", "down")]
+
+
+def expert_rules(ours: str, theirs: str, count: int, names=("gate_proj", "up_proj", "down_proj")) -> list[Rule]:
+    """One SwiGLU per expert; `names` are those of gate, up and down."""
+    pairs = zip(("gate", "up", "down"), names, strict=True)
+    return [hf_tensors.experts(f"{ours}/{our}", f"{theirs}.{{}}.{name}.weight", count) for our, name in pairs]

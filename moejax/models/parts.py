@@ -1,0 +1,219 @@
+"""What the published families are composed of: projections, attention with a cache, the skeleton of a decoder.
+
+Layers are not stacked by a scan, unlike the research LM's: published models mix kinds of layers in patterns, a decode
+step then reads each weight where it lies, and a checkpoint streams in layer by layer.
+Letters: B batch, L length, D model width, H heads, hd head width, M places of the cache, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax import attention, layers, sharding
+from moejax.moe import Mode
+
+INIT = nn.initializers.normal(0.02)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What every layer may look at: tokens, positions, segment_ids (B, L) i32, and two static values."""
+
+    tokens: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    mode: Mode = dataclasses.field(default="evaluate", metadata={"static": True})
+    cache_length: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def mask(self) -> jax.Array:
+        """(B, L) bool: False where padded."""
+        return self.segment_ids != 0
+
+
+def heads(module: nn.Module, name: str, x: jax.Array, count: int, head_dim: int, *, axis="heads", bias=False):
+    """x (B, L, D) -> (B, L, H, hd) by the parameter `name` (D, H, hd), and with `bias` name_bias (H, hd)."""
+    kernel = layers.parameter(module, name, INIT, (x.shape[-1], count, head_dim), ("embed", axis, "head_dim"))
+    out = layers.linear(x, kernel)
+    if bias:
+        added = layers.parameter(module, f"{name}_bias", nn.initializers.zeros, (count, head_dim), (axis, "head_dim"))
+        out += added.astype(x.dtype)[None, None]
+    return out
+
+
+def merge_heads(module: nn.Module, x: jax.Array, width: int, *, bias=False) -> jax.Array:
+    """x (B, L, H, hd) -> (B, L, D) by the parameter `out` (H, hd, D), and with `bias` out_bias (D,)."""
+    kernel = layers.parameter(module, "out", INIT, (*x.shape[2:], width), ("heads", "head_dim", "embed"))
+    out = layers.linear(x, kernel, inputs=2)
+    if bias:
+        added = layers.parameter(module, "out_bias", nn.initializers.zeros, (width,), ("norm",))
+        out += added.astype(x.dtype)[None, None]
+    return sharding.constrain(out, "batch", "length", "activation")
+
+
+def cached(module: nn.Module, inputs: Inputs, **new: jax.Array) -> tuple[dict[str, jax.Array], bool]:
+    """Writes `new` (B, L, …) into the module's cache (B, M, …), each at the slot that is its position.
+
+    Returns the whole cache by name, and whether it was empty before: then attention over `new` alone says the same.
+    """
+    first = not module.has_variable("cache", next(iter(new)))
+    rows = jnp.arange(inputs.positions.shape[0])[:, None]
+    whole = {}
+    for name, value in new.items():
+        shape = (value.shape[0], inputs.cache_length, *value.shape[2:])
+        cache = module.variable("cache", name, jnp.zeros, shape, value.dtype)
+        cache.value = cache.value.at[rows, inputs.positions].set(value)
+        whole[name] = cache.value
+    return whole, first
+
+
+def slot_mask(positions: jax.Array, slots: int, window: int | None = None, chunk: int | None = None) -> jax.Array:
+    """(B, L, M) bool: which slots of a cache a query at `positions` (B, L) reads."""
+    query, slot = positions[:, :, None], jnp.arange(slots, dtype=positions.dtype)[None, None, :]
+    mask = slot <= query
+    if window is not None:
+        mask &= slot > query - window
+    if chunk is not None:
+        mask &= slot // chunk == query // chunk
+    return mask
+
+
+def softmax(scores: jax.Array, mask: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
+    """Softmax in float32 over the last axis where `mask`; `sinks` (…, 1) are logits that only take mass away."""
+    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = top if sinks is None else jnp.maximum(top, sinks)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / (total if sinks is None else total + jnp.exp(sinks - top))
+
+
+def attend(
+    module: nn.Module,
+    q,
+    k,
+    v,
+    inputs: Inputs,
+    *,
+    window=None,
+    chunk=None,
+    sinks=None,
+    softcap=None,
+    implementation=None,
+) -> jax.Array:
+    """Causal attention of q (B, L, H, hd) over k, v (B, L, H_kv, hd), through the cache where there is one.
+
+    window: a position sees itself and the window − 1 before it. chunk: positions see their own chunk of that many.
+    sinks (H,) and softcap as in `attention.attend`.
+    """
+    if inputs.cache_length:
+        cache, first = cached(module, inputs, key=k, value=v)
+        if not first:
+            mask = slot_mask(inputs.positions, inputs.cache_length, window, chunk)
+            return _attend_slots(q, cache["key"], cache["value"], mask, sinks, softcap)
+    segment_ids = inputs.segment_ids
+    if chunk is not None:  # a chunk of a segment is a segment of its own; 4096 chunks fit between two segments
+        segment_ids = segment_ids * 4096 + inputs.positions // chunk
+    return attention.attend(q, k, v, segment_ids, window, sinks, softcap, implementation)
+
+
+def _attend_slots(q, k, v, mask, sinks, softcap):
+    B, L, H, width = q.shape
+    groups = k.shape[2]
+    q = q.reshape(B, L, groups, H // groups, width)
+    scores = jnp.einsum("blgqh,bmgh->bgqlm", q, k, preferred_element_type=jnp.float32) * width**-0.5
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(1, groups, H // groups, 1, 1)
+    weights = softmax(scores, mask[:, None, None], sinks).astype(v.dtype)
+    return jnp.einsum("bgqlm,bmgh->blgqh", weights, v).reshape(B, L, H, v.shape[-1])
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / √(variance + ε) · scale over the last axis, without a bias, in float32, in x's dtype again."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = layers.parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))
+        wide = x.astype(jnp.float32)
+        wide -= jnp.mean(wide, axis=-1, keepdims=True)
+        wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return (wide * scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """One layer of a family: (x (B, L, D), inputs) -> (x, losses of its MoE layer, {} where dense)."""
+
+    config: Any
+    index: int
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+
+    def rms_norm(self, name: str) -> nn.Module:
+        return layers.RMSNorm(self.config.rms_norm_eps, name=name)
+
+
+class Decoder(nn.Module):
+    """The skeleton of a published decoder: embedding, blocks `layer_0` …, norm, unembedding.
+
+    `apply(variables, tokens, positions=None, segment_ids=None)` gives float32 logits (B, L, V) for tokens (B, L) int;
+    positions default to 0 … L − 1, segment_ids (0 where padded) to one segment. With `return_losses=True` also the
+    unweighted losses of the MoE layers, each the mean over layers. `cache_length` M > 0 reads and writes the collection
+    `cache`. A family sets `block`, and overrides what it has of its own.
+
+    config: the family's. dtype: of the compute; parameters are float32 unless loaded otherwise. remat: recompute each
+    layer in the backward pass.
+    """
+
+    config: Any
+    dtype: Any = jnp.float32
+    implementation: str | None = None
+    remat: bool = False
+
+    block: ClassVar[type[Block]]
+
+    @nn.compact
+    def __call__(
+        self, tokens, positions=None, segment_ids=None, return_losses=False, mode: Mode = "evaluate", cache_length=0
+    ):
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        inputs = Inputs(tokens, positions, segment_ids, mode, cache_length)
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        table = layers.parameter(self, "embedding", INIT, shape, ("vocab", "embed"))
+        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = sharding.constrain(self.scale_embedding(x), "batch", "length", "activation")
+        block = nn.remat(self.block) if self.remat else self.block
+        losses: list[dict[str, jax.Array]] = []
+        for i in range(self.config.num_hidden_layers):
+            layer = block(self.config, i, jnp.dtype(self.dtype), self.implementation, name=f"layer_{i}")
+            x, found = layer(x, inputs)
+            losses += [found] if found else []
+        logits = self.unembed(self.final_norm()(x), table)
+        if return_losses:
+            return logits, {name: jnp.mean(jnp.stack([one[name] for one in losses])) for name in (losses or [{}])[0]}
+        return logits
+
+    def scale_embedding(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def final_norm(self) -> nn.Module:
+        return layers.RMSNorm(self.config.rms_norm_eps, name="final_norm")
+
+    def unembed(self, x: jax.Array, table: jax.Array) -> jax.Array:
+        """float32 logits (B, L, V) from x (B, L, D), by the embedding (V, D) where it is tied."""
+        with jax.named_scope("head"):
+            if self.config.tie_word_embeddings:
+                return layers.linear(x, table.T, jnp.float32)
+            shape = (self.config.hidden_size, self.config.vocab_size)
+            kernel = layers.parameter(self, "unembedding", INIT, shape, ("embed", "vocab"))
+            return layers.linear(x, kernel, jnp.float32)

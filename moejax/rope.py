@@ -1,0 +1,126 @@
+"""Rotary positions (Su 2021) with the scalings that published checkpoints use.
+
+A checkpoint's `rope_parameters` become a frozen `Rope`; `table` gives cosines and sines for positions, `rotate` applies
+them. Letters: B batch, L length, H heads, hd head width.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """How positions turn into angles; the fields are those of transformers 5's `rope_parameters`.
+
+    rope_theta: the base. default: frequencies theta^(-2i/hd). linear: all divided by `factor`. llama3 (Llama 3.1): long
+    wavelengths divided by `factor`, short ones kept, a ramp between. yarn (Peng 2023, §3.2-3.4): a ramp by the number
+    of rotations inside `original_max_position_embeddings`, and a temperature on cosines and sines.
+    """
+
+    rope_theta: float = 10_000.0
+    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None  # llama3
+    high_freq_factor: float | None = None
+    beta_fast: float | None = None  # yarn: rotations above which a frequency is kept; 32
+    beta_slow: float | None = None  # yarn: rotations below which it is divided by factor; 1
+    mscale: float | None = None  # yarn, DeepSeek: the temperature's numerator …
+    mscale_all_dim: float | None = None  # … and denominator; it also scales the scores of latent attention
+    attention_factor: float | None = None  # yarn: the temperature itself
+    truncate: bool = True  # yarn: the ramp's ends are rounded outwards
+
+    def __post_init__(self):
+        needed = {
+            "default": (),
+            "linear": ("factor",),
+            "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+            "yarn": ("factor", "original_max_position_embeddings"),
+        }[self.rope_type]
+        missing = [name for name in needed if getattr(self, name) is None]
+        if missing:
+            raise UserError(f"rope type {self.rope_type!r} needs {', '.join(missing)}; the config does not give it")
+
+
+def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position of each pair of features: (hd / 2,) float32."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = (1.0 / (np.float32(rope.rope_theta) ** exponents)).astype(np.float32)
+    if rope.rope_type == "default":
+        return plain
+    assert rope.factor is not None
+    scaled = (plain / np.float32(rope.factor)).astype(np.float32)
+    if rope.rope_type == "linear":
+        return scaled
+    kept = _llama3_kept(rope, plain) if rope.rope_type == "llama3" else _yarn_kept(rope, head_dim)
+    return (scaled * (1 - kept) + plain * kept).astype(np.float32)
+
+
+def _llama3_kept(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    """1 where a frequency is kept, 0 where it is divided: by how many times it turns in the original context."""
+    assert rope.original_max_position_embeddings and rope.low_freq_factor and rope.high_freq_factor
+    turns = rope.original_max_position_embeddings * plain / np.float32(2 * math.pi)
+    return np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+
+
+def _yarn_kept(rope: Rope, head_dim: int) -> np.ndarray:
+    context = rope.original_max_position_embeddings
+    assert context
+
+    def pair(rotations: float) -> float:
+        """The (fractional) pair that turns `rotations` times in the original context."""
+        wavelength = context / (rotations * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(rope.rope_theta))
+
+    low, high = pair(rope.beta_fast or 32), pair(rope.beta_slow or 1)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    return 1 - np.clip(ramp, 0, 1)
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """0.1 · mscale · ln(factor) + 1 (Peng 2023, eq. 22), 1 where nothing is stretched."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def temperature(rope: Rope) -> float:
+    """What cosines and sines are multiplied by."""
+    if rope.rope_type != "yarn":
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    assert rope.factor is not None
+    if rope.mscale and rope.mscale_all_dim:
+        return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
+    return yarn_mscale(rope.factor)
+
+
+def table(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines (B, L, 1, hd / 2) float32 of positions (B, L) int."""
+    each = jnp.asarray(frequencies(rope, head_dim))[None, None, None]
+    angles = positions.astype(jnp.float32)[:, :, None, None] * each
+    scale = temperature(rope)
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], *, pairs: bool = False) -> jax.Array:
+    """x (B, L, H, hd) rotated, in x's dtype. Feature i turns with i + hd/2; with `pairs`, 2i with 2i + 1.
+
+    With `pairs` the result holds first the even, then the odd features: a permutation that queries and keys share and
+    that their product does not see.
+    """
+    cos, sin = cos_sin
+    wide = x.astype(jnp.float32)
+    first, second = (wide[..., ::2], wide[..., 1::2]) if pairs else jnp.split(wide, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

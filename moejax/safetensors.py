@@ -1,0 +1,119 @@
+"""Safetensors files: 8 bytes of length, a JSON header, then the tensors' bytes. Read through a memory map.
+
+Written here because a checkpoint has to be checked before it is trusted and streamed in both directions: a tensor is
+never copied before it is used, and a shard is written one tensor at a time.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from moejax.errors import UserError
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class Shard:
+    """One file, open for reading. `tensors` maps each name to its (dtype name, shape).
+
+    Raises:
+      UserError: the file is no safetensors file, is cut short, or holds a dtype that isn't known.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            if length > size - 8:
+                raise UserError(f"{path} is cut short or is no safetensors file: its header does not fit into it")
+            try:
+                header = json.loads(file.read(length))
+            except ValueError as error:
+                raise UserError(f"{path} is no safetensors file: its header can't be read") from error
+        header.pop("__metadata__", None)
+        self._start = 8 + length
+        self._places: dict[str, tuple[int, int]] = {}
+        self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, entry in header.items():
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if dtype not in DTYPES:
+                raise UserError(f"{path}: tensor {name} is {dtype}, which can't be held; known: {', '.join(DTYPES)}")
+            if end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize or begin < 0:
+                raise UserError(f"{path}: tensor {name} {shape} {dtype} takes {end - begin} bytes; the header is wrong")
+            if self._start + end > size:
+                raise UserError(f"{path} is cut short: tensor {name} ends at byte {self._start + end} of {size}")
+            self.tensors[name] = dtype, shape
+            self._places[name] = begin, end
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor, as a view of the file: pages come in as they are touched and can be dropped again."""
+        dtype, shape = self.tensors[name]
+        begin, end = self._places[name]
+        if begin == end:
+            return np.zeros(shape, DTYPES[dtype])
+        raw = np.memmap(self.path, np.uint8, "r", self._start + begin, (end - begin,))
+        return raw.view(DTYPES[dtype]).reshape(shape)
+
+
+def open_folder(folder: Path) -> dict[str, Shard]:
+    """Tensor name -> the shard that holds it, for a folder with one file or with shards and an index.
+
+    Raises:
+      UserError: there are no safetensors files, a shard is missing or damaged, or a shard lacks an indexed tensor.
+    """
+    if (folder / INDEX).is_file():
+        try:
+            where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / INDEX} can't be read: it needs a `weight_map`") from error
+        files = sorted(set(where.values()))
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:3])}")
+        shards = {name: Shard(folder / name) for name in files}
+        for tensor, file in where.items():
+            if tensor not in shards[file].tensors:
+                raise UserError(f"{folder / file} lacks the tensor {tensor} that {INDEX} promises in it")
+    else:
+        paths = [folder / SINGLE] if (folder / SINGLE).is_file() else sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise UserError(f"{folder} holds no safetensors files: give a folder with {SINGLE} or {INDEX}")
+        shards = {path.name: Shard(path) for path in paths}
+    found: dict[str, Shard] = {}
+    for shard in shards.values():
+        for tensor in shard.tensors:
+            if tensor in found:
+                raise UserError(f"{folder}: tensor {tensor} is in {found[tensor].path.name} and in {shard.path.name}")
+            found[tensor] = shard
+    return found
+
+
+def write(path: Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], tensors: Iterable[np.ndarray]) -> None:
+    """Writes one file: `specs` gives (dtype name, shape) of each tensor and `tensors` their values in that order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in specs.items():
+        size = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for (name, (dtype, shape)), tensor in zip(specs.items(), tensors, strict=True):
+            assert (NAMES[tensor.dtype], tensor.shape) == (dtype, shape), name
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
