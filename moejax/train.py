@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import accounting, checkpoint, data, evaluate, metrics, optimizer, routing_stats, sharding
+from moejax import accounting, checkpoint, data, evaluate, interrupts, metrics, optimizer, routing_stats, sharding
 from moejax import config as configs
 from moejax.config import Config
 from moejax.errors import UserError
@@ -59,7 +59,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         workdir, config, total_steps=config.train.steps, devices=mesh.devices.size, progress=progress
     )
     saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints, start=start)
-    with jax.set_mesh(mesh), writer, saver:
+    interrupt = interrupts.Interrupts(tell=progress, on=jax.process_count() == 1)
+    with jax.set_mesh(mesh), writer, saver, interrupt:
         writer.cut_after(start)
         writer.say(f"data: {corpus.description}")
         writer.say(f"model: {accounting.describe(config.model, config.data.sequence_length)}; mesh {dict(mesh.shape)}")
@@ -97,15 +98,21 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
                 state = reset_load(state)
                 since = step
             evaluate_now = held_out and (step == config.train.steps or is_due(step, config.train.eval_every))
-            save_now = step == end or is_due(step, config.train.checkpoint_every)
+            stopping = interrupt.asked is not None
+            save_now = stopping or step == end or is_due(step, config.train.checkpoint_every)
             if evaluate_now or save_now:
                 check_finite(step, current, saver)  # which waits for the step: it is not part of the pause
+                check_state(state, saver)
                 pause = time.perf_counter()
                 if evaluate_now:  # before the checkpoint: a run that is killed in between evaluates this step again
                     ended |= evaluation(state)
                     writer.evaluation(step, ended)
                 if save_now:
                     save(saver, state, config, corpus)
+                if stopping:
+                    if saver.wait():  # otherwise a warning has said so
+                        writer.say(f"{interrupt.name}: step {step} is saved; the same command continues from there")
+                    interrupt.end()
                 clock += time.perf_counter() - pause
         if start >= end:  # nothing left to do: say where the finished run stands
             ended = (evaluation(state) if held_out else {}) | {"tokens_per_second": None}
@@ -212,6 +219,26 @@ def check_finite(step: int, values: dict[str, jax.Array] | None, saver: checkpoi
     raise UserError(
         f"step {step}: the loss is {float(values['total_loss'])}, the gradient norm {float(values['grad_norm'])}: "
         "stopped; the checkpoint before it is kept. Lower optimizer.learning_rate or clip_norm, or raise warmup_steps"
+    )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def check_state(state: TrainState, saver: checkpoint.Checkpointer) -> None:
+    """UserError if an update left a NaN or an infinity in the state, where the step's loss can't show it yet.
+
+    One pass over the state: asked before a checkpoint or an evaluation, not after every step.
+    """
+    if _all_finite((state.params, state.router_state, state.opt_state)):
+        return
+    saver.wait()
+    raise UserError(
+        f"step {int(state.step)}: its update left parameters or optimizer state that are not finite: stopped; the "
+        "checkpoint before it is kept. Lower optimizer.learning_rate or clip_norm, or raise warmup_steps"
     )
 
 

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import small
@@ -53,6 +55,26 @@ def test_the_same_command_again_continues(server, trained, tmp_path):
     assert ended.code == 0, ended.err
     assert steps(workdir) == [2, 4, 6, 8]
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["decay_steps"] == 6
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(server, tmp_path, number, status):
+    workdir = tmp_path / "run"
+    endless = [*command(server), "--config.train.steps=1000000", "--config.train.checkpoint_every=0"]
+    pid = server.start("train.py", *endless, f"--workdir={workdir}")
+    deadline = time.monotonic() + 60
+    while not (workdir / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    server.kill(pid, number)
+    ended = server.end()
+    assert ended.code == status, ended.err
+    assert "Traceback" not in ended.err
+    (line,) = [line for line in ended.err.splitlines() if "is saved" in line]
+    assert line.endswith("the same command continues from there")
+    step = int(re.search(r"step (\d+) is saved", line)[1])
+    assert [entry.name for entry in (workdir / "checkpoints").iterdir()] == [str(step)]
+    again = server.run("train.py", *endless, f"--config.train.steps={step + 2}", f"--workdir={workdir}")
+    assert again.code == 0 and f"continuing from the checkpoint of step {step}" in again.err, again.err
 
 
 def test_evaluate_ends_with_one_json_object(server, trained):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -287,6 +288,64 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(p
 def test_each_kind_of_infinity_is_seen(place, tmp_path, name, value):
     with checkpoint.Checkpointer(tmp_path) as saver, pytest.raises(UserError, match=r"step 7: .*stopped"):
         train.check_finite(7, {"total_loss": 1.0, "grad_norm": 1.0} | {name: value}, saver)
+
+
+def test_an_update_that_is_not_finite_is_never_saved(place, tmp_path, monkeypatch):
+    """The loss of step 3 is finite, and so is its gradient: what it leaves is not."""
+
+    def poison(state):
+        if int(state.step) < 3:
+            return state
+        return dataclasses.replace(state, params=jax.tree.map(lambda a: a * jnp.float32(np.nan), state.params))
+
+    monkeypatch.setattr(train, "reset_load", poison)
+    with pytest.raises(UserError, match=r"step 3: its update left parameters .* not finite: stopped") as error:
+        go(config(place, train={"checkpoint_every": 1, "log_every": 1, "eval_every": 1}), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    saved, arrays = trees(tmp_path / "run")
+    assert saved == 2
+    assert all(np.all(np.isfinite(value)) for value in arrays.values())
+    assert [line["step"] for line in lines(tmp_path / "run", "evaluations.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("tree", ["params", "router_state", "opt_state"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_each_kind_of_state_is_checked(tmp_path, tree, value):
+    good = {"params": {"w": jnp.ones(3)}, "router_state": {"b": jnp.ones(3)}, "opt_state": (jnp.ones(3), jnp.int32(1))}
+    state = train.TrainState(step=jnp.int32(7), load=None, **good)
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        train.check_state(state, saver)
+        bad = jax.tree.map(lambda a: a.at[0].set(value) if a.ndim else a, good[tree])
+        with pytest.raises(UserError, match="step 7: its update"):
+            train.check_state(dataclasses.replace(state, **{tree: bad}), saver)
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "raised"),
+    [(signal.SIGINT, "Ctrl-C", KeyboardInterrupt), (signal.SIGTERM, "SIGTERM", SystemExit)],
+)
+def test_a_signal_ends_the_run_after_the_step_and_a_save(place, tmp_path, monkeypatch, caplog, number, name, raised):
+    before = signal.getsignal(number)
+    calls = []
+
+    def fetch(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # step 5 of the run: between lines and between checkpoints
+            signal.raise_signal(number)
+            assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends the process at once
+        return to_devices(*arguments)
+
+    to_devices = train.to_devices
+    monkeypatch.setattr(train, "to_devices", fetch)
+    with pytest.raises(raised) as ended, caplog.at_level(logging.INFO, logger="moejax"):
+        go(config(place, "aux_free"), tmp_path / "run")
+    assert signal.getsignal(number) == before
+    assert number == signal.SIGINT or ended.value.code == 143
+    assert f"{name}: step 5 is saved; the same command continues from there" in caplog.messages
+    assert trees(tmp_path / "run")[0] == 5
+    monkeypatch.undo()
+    go(config(place, "aux_free"), tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed(place, "aux_free"))
 
 
 def test_another_config_is_refused_with_what_changed(place, tmp_path):
