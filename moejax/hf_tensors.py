@@ -79,6 +79,21 @@ def experts(path: str, pattern: str, count: int) -> Rule:
     return Rule((path,), names, lambda s: [(s[0][2], s[0][1])] * count, read, lambda p: [expert.T for expert in p[0]])
 
 
+def swapped(path: str, name: str) -> Rule:
+    """Experts (E, in, out) for a tensor (E·out, in), one expert after another (DBRX)."""
+
+    def shapes(s):
+        return [(s[0][0] * s[0][2], s[0][1])]
+
+    def read(s, t):
+        return [t[0].reshape(s[0][0], s[0][2], s[0][1]).swapaxes(1, 2)]
+
+    def write(p):
+        return [p[0].swapaxes(1, 2).reshape(-1, p[0].shape[1])]
+
+    return Rule((path,), (name,), shapes, read, write)
+
+
 def joined(paths: Sequence[str], name: str, axis: int, *, transpose: bool = False) -> Rule:
     """Several parameters one after another in one tensor, along `axis` of it.
 

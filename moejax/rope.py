@@ -67,6 +67,8 @@ def _llama3_kept(rope: Rope, plain: np.ndarray) -> np.ndarray:
     """1 where a frequency is kept, 0 where it is divided: by how many times it turns in the original context."""
     assert rope.original_max_position_embeddings and rope.low_freq_factor and rope.high_freq_factor
     turns = rope.original_max_position_embeddings * plain / np.float32(2 * math.pi)
+    if rope.high_freq_factor == rope.low_freq_factor:  # Llama 4 Scout: no ramp
+        return (turns >= rope.low_freq_factor).astype(np.float32)
     return np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
 
 

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 
 from moejax import hf_import
 from moejax.generate import generate
-from moejax.models import mixtral, olmoe, qwen2_moe, qwen3_moe
+from moejax.models import dbrx, deepseek_v2, deepseek_v3, gpt_oss, llama4, mixtral, olmoe, qwen2_moe, qwen3_moe
 from moejax.models.family import Family
 
 __all__ = ["FAMILIES", "generate", "load_hf"]
 
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in (mixtral, olmoe, qwen2_moe, qwen3_moe)}
+_MODULES = (mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v2, deepseek_v3, gpt_oss, dbrx, llama4)
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
 
 def load_hf(folder: str | Path, dtype: Any = jnp.float32) -> tuple[nn.Module, dict]:
