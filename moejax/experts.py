@@ -103,16 +103,23 @@ def _blocks_forward(activation, rows, gate, up, down, metadata):
 def _blocks_backward(activation, residuals, grad):
     rows, gate, up, down, metadata, a, b = residuals
     layout, dtype = Layout.of(rows.shape[0], metadata), rows.dtype
+    _, D, F = gate.shape
+    # On CPU XLA's product is a quarter faster with the narrow factor on the left: weights' gradients are kept turned
+    # so, (E, F, D) where F is less than D, and put right at the end.
+    turned = F < D
+
+    def weight_gradient(width, hidden):
+        return dot_rows(hidden, width) if turned else dot_rows(width, hidden)
 
     def block(x, a, b, grad, gate, up, down):
-        """The gradient of rows and, in float32, of the three weights."""
+        """The gradient of rows and, in float32, of the three weights, each (E, F, D) if turned, else (E, D, F)."""
         hidden, pull = jax.vjp(functools.partial(_gated, activation), a, b)
         da, db = pull(dot(grad, down, dtype, transpose=True))
         dx = dot(da, gate, jnp.float32, transpose=True) + dot(db, up, jnp.float32, transpose=True)
-        return dx.astype(dtype), (dot_rows(x, da), dot_rows(x, db), dot_rows(hidden, grad))
+        return dx.astype(dtype), (weight_gradient(x, da), weight_gradient(x, db), weight_gradient(grad, hidden))
 
     dx = jnp.zeros_like(rows)
-    dweights = tuple(jnp.zeros_like(w, dtype=jnp.float32) for w in (gate, up, down))
+    dweights = (jnp.zeros_like(down if turned else gate, dtype=jnp.float32),) * 3
     if layout.base:
         padded, dweights = block(layout.pad(rows), a, b, layout.pad(grad), gate, up, down)
         dx = layout.unpad(padded)
@@ -128,7 +135,12 @@ def _blocks_backward(activation, residuals, grad):
         return windows.put(dx, dwindow), sums
 
     dx, dweights = layout.overflow(step, (dx, dweights))
-    return dx, *(d.astype(w.dtype) for d, w in zip(dweights, (gate, up, down), strict=True)), None
+    dgate, dup, ddown = (d.astype(dtype) for d in dweights)
+    if turned:
+        dgate, dup = jnp.swapaxes(dgate, 1, 2), jnp.swapaxes(dup, 1, 2)
+    else:
+        ddown = jnp.swapaxes(ddown, 1, 2)
+    return dx, dgate, dup, ddown, None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)

@@ -69,6 +69,15 @@ def test_small(R, sizes):
     assert_same(value_and_grads(*args), value_and_grads(*args, implementation="reference"))
 
 
+@pytest.mark.parametrize("width, hidden", [(4, 6), (5, 5)])
+def test_experts_as_wide_as_the_model_or_wider(width, hidden):
+    """Weight gradients are summed in another orientation where F is not less than D."""
+    rng = np.random.default_rng(1)
+    shapes = (90, width), (3, width, hidden), (3, width, hidden), (3, hidden, width), (90, width)
+    args = *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes), jnp.array([75, 0, 10], jnp.int32)
+    assert_same(value_and_grads(*args), value_and_grads(*args, implementation="reference"))
+
+
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS.keys() - {"silu"}))
 def test_activations(activation):
     args = *operands(80, 3), jnp.array([70, 0, 8], jnp.int32)
