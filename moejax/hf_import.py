@@ -15,6 +15,7 @@ import numpy as np
 from moejax import hf_config, hf_tensors, safetensors
 from moejax.errors import UserError
 from moejax.hf_tensors import Shape
+from moejax.models import parts
 from moejax.models.family import Family
 
 # Each of 16 codes of MXFP4 (OCP microscaling: sign, two exponent bits, one of mantissa) as a number.
@@ -114,11 +115,38 @@ def dequantise_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return out
 
 
-def abstract(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every variable of a model by path, "params/layer_0/…", as shapes: nothing is allocated."""
-    variables = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32)), jax.random.key(0))
-    kept = {name: tree for name, tree in nn.unbox(variables).items() if name in ("params", "router_state")}
-    return hf_tensors.flatten(kept)
+class _Nothing(parts.Block):
+    """A block without parameters."""
+
+    def __call__(self, x, inputs):
+        return x, {}
+
+
+def abstract(model: parts.Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every variable of a model by path, "params/layer_0/…", as shapes: nothing is allocated.
+
+    Layers of one kind have the same parameters, so one of each kind is traced: 60 layers take no longer than two.
+    """
+    config, dtype = model.config, jnp.dtype(jnp.float32)
+    outer = type("Outer", (type(model),), {"block": _Nothing})(config)
+    key, tokens = jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+    found = _shapes(outer, key, tokens)
+    kinds: dict[bool, dict[str, jax.ShapeDtypeStruct]] = {}
+    sparse = getattr(config, "sparse", lambda _: True)
+    for i in range(config.num_hidden_layers):
+        kind = sparse(i)
+        if kind not in kinds:
+            x = jnp.zeros((1, 2, config.hidden_size))
+            kinds[kind] = _shapes(model.block(config, i, dtype), key, x, parts.Inputs(tokens, tokens, tokens))
+        for path, leaf in kinds[kind].items():
+            collection, _, rest = path.partition("/")
+            found[f"{collection}/layer_{i}/{rest}"] = leaf
+    return found
+
+
+def _shapes(module: nn.Module, key: jax.Array, *inputs: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    variables = nn.unbox(jax.eval_shape(module.init, key, *inputs))
+    return hf_tensors.flatten({name: tree for name, tree in variables.items() if name in ("params", "router_state")})
 
 
 def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, Any, dict[str, Any]]:

@@ -5,6 +5,8 @@ logits = model.apply(variables, tokens)                       # (B, L, V) float3
 new = moejax.models.generate(model, variables, prompts, max_new_tokens=20)
 """
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from moejax.generate import generate
 from moejax.models import dbrx, deepseek_v2, deepseek_v3, gpt_oss, llama4, mixtral, olmoe, qwen2_moe, qwen3_moe
 from moejax.models.family import Family
 
-__all__ = ["FAMILIES", "generate", "load_hf"]
+__all__ = ["FAMILIES", "Preset", "generate", "load_hf", "presets"]
 
 _MODULES = (mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v2, deepseek_v3, gpt_oss, dbrx, llama4)
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
@@ -30,3 +32,42 @@ def load_hf(folder: str | Path, dtype: Any = jnp.float32) -> tuple[nn.Module, di
         NaN, a file that is missing or cut short.
     """
     return hf_import.load(folder, FAMILIES, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A published size, counted from an abstract tree.
+
+    total, active: parameters, and those that a token uses: K of E experts, everything else. embedding: the input
+    table's part of both, 0 where it is tied. Selection biases are state, and not counted.
+    """
+
+    name: str
+    family: str
+    total: int
+    active: int
+    embedding: int
+
+    @property
+    def active_without_embedding(self) -> int:
+        return self.active - self.embedding
+
+
+def presets() -> list[Preset]:
+    """Every preset of every family; takes seconds and no memory."""
+    return [count(name, family, config) for family in FAMILIES.values() for name, config in family.presets.items()]
+
+
+def count(name: str, family: Family, config: Any) -> Preset:
+    """The sizes of one config."""
+    leaves = {p: leaf for p, leaf in hf_import.abstract(family.model(config)).items() if p.startswith("params/")}
+    used, all_experts = family.experts(config)
+    total = active = 0
+    for path, leaf in leaves.items():
+        size = math.prod(leaf.shape)
+        routed = path.count("/") == 3 and "/moe/" in path and not path.rpartition("/")[2].startswith("router")
+        assert not routed or leaf.shape[0] == all_experts, path
+        total += size
+        active += size * used // all_experts if routed else size
+    table = 0 if config.tie_word_embeddings else math.prod(leaves["params/embedding"].shape)
+    return Preset(name, family.name, total, active, table)

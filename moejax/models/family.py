@@ -32,6 +32,12 @@ class Family:
     read: Callable[[dict[str, Any]], dict[str, Any]] = dict
     write: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
+    def experts(self, config: Any) -> tuple[int, int]:
+        """(experts per token, routed experts), whatever the family calls them."""
+        used = next(getattr(config, name) for name in ("num_experts_per_tok", "moe_top_k") if hasattr(config, name))
+        names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        return used, next(getattr(config, name) for name in names if hasattr(config, name))
+
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         """The family's config from what config.json holds; UserError for what isn't known."""
         return hf_config.parse(
