@@ -12,6 +12,7 @@ from absl import flags
 from experiments import cli
 from moejax import ablation, report
 from moejax import config as configs
+from moejax.errors import UserError
 
 CONFIG = cli.config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Runs go to WORKDIR/ARM/seed_S, the report beside them.", required=True)
@@ -20,7 +21,16 @@ REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Report what is there.")
 
 def main() -> None:
     plan = configs.ablation_from_config_dict(CONFIG.value)
-    arms = ablation.collect(plan, WORKDIR.value) if REPORT_ONLY.value else ablation.run(plan, WORKDIR.value)
+    if not REPORT_ONLY.value:
+        arms = ablation.run(plan, WORKDIR.value)
+    else:
+        arms = ablation.collect(plan, WORKDIR.value)
+        if not any(run.steps for arm in arms for run in arm.runs):
+            names = ", ".join(arm.name for arm in arms)
+            raise UserError(
+                f"--workdir={WORKDIR.value} holds no evaluated run of the arms {names}: "
+                "give the folder of the ablation, or leave --report_only out to train"
+            )
     report.write(arms, WORKDIR.value, plan.classes)
     print(report.plain_table(report.HEADER, report.rows(arms)))
     for line in report.conclusions(arms, plan.classes):

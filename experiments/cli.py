@@ -6,14 +6,16 @@
       cli.run(main)
 
 A script's docstring is its help and shows an example that works. A `UserError`, a misspelt or mistyped flag and a
-config file that isn't there end the script with one line, `error: …`, and status 2; Ctrl-C quietly with 130. Any other
-exception is a bug and keeps its traceback.
+config file that isn't there or fails end the script with one line, `error: …`, and status 2; Ctrl-C ends it quietly
+with 130. Any other exception is a bug and keeps its traceback.
 """
 
 import ast
 import logging
+import os
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +30,7 @@ from moejax.errors import UserError
 
 flags.disclaim_key_flags()  # the flags defined here belong to the script that asks for them
 ABLATION_FIELDS = ("arms", "seeds", "classes")
+BASE = "experiments/configs/base.py"
 
 
 def config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder[ConfigDict]:
@@ -63,17 +66,35 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> l
     """
     for path, value in overrides(argv):
         check_override(path, value)
+    files = config_files(argv)
+    if len(files) > 1:
+        raise UserError(f"--config is given {len(files)} times ({', '.join(files)}); give one file, and change its "
+                        "fields with --config.FIELD=VALUE")  # fmt: skip
     try:
         rest = flag_values(list(argv), known_only=False)
         if "config" in flag_values and flag_values["config"].value is not None:
             hasattr(flag_values["config"].value, "model")  # a file that couldn't be opened raises only now
-    except (flags.Error, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(_explain(error, argv)) from error
+    except UserError:
+        raise
+    except Exception as error:  # the config file is anyone's code
+        raise UserError(_in_config_file(error, files) or _explain(error, argv)) from error
     if "config" in flag_values and flag_values["config"].value is None:
         raise UserError("--config is missing; give one of experiments/configs/*.py or your own, as --help shows")
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} belongs to no flag; write --flag=value (see --help)")
     return rest
+
+
+def config_files(argv: Sequence[str]) -> list[str]:
+    """What --config=FILE or --config FILE name, without the ":argument" of get_config."""
+    found = []
+    for i, argument in enumerate(argv):
+        if argument == "--":
+            break
+        match = re.match(r"--?config(?:=(.*))?$", argument, re.DOTALL)
+        if match:
+            found.append(match[1] if match[1] is not None else next(iter(argv[i + 1 : i + 2]), ""))
+    return found
 
 
 def overrides(argv: Sequence[str]) -> list[tuple[str, str | None]]:
@@ -116,12 +137,34 @@ def check_override(path: str, value: str | None) -> None:
     schema.parse_value(hint, given, path, Config)
 
 
+def _in_config_file(error: BaseException | None, files: Sequence[str]) -> str | None:
+    """`config file FILE, line N: what went wrong` where `error` came out of its code, else None."""
+    for file in files:
+        path = os.path.abspath(file.split(":")[0])
+        if "has no attribute 'get_config'" in str(error):
+            return f"config file {file} has no get_config(); write one that returns a ConfigDict, as in {BASE}"
+        while error is not None:
+            lines = [n for frame, n in traceback.walk_tb(error.__traceback__) if _is(frame.f_code.co_filename, path)]
+            if isinstance(error, SyntaxError) and error.filename and _is(error.filename, path):
+                lines, text = [error.lineno or 1], error.msg
+            else:
+                text = str(error)
+            if lines:
+                return f"config file {file}, line {lines[-1]}: {type(error).__name__}: {text}"
+            error = error.__cause__ or error.__context__
+    return None
+
+
+def _is(file: str, path: str) -> bool:
+    return os.path.abspath(file) == path
+
+
 def _explain(error: Exception, argv: Sequence[str]) -> str:
     """An error of absl or config_flags in one line that says what to do."""
     text = str(error)
     given = dict(overrides(argv))
     if "Configuration is not available" in text or "Failed loading config file" in text:
-        files = [a.split("=", 1)[-1] for a in argv if re.match(r"--?config=", a)] or ["--config"]
+        files = config_files(argv) or ["--config"]
         return f"config file {files[0]} can't be opened; give one of experiments/configs/*.py or your own"
     if isinstance(error, flags.Error) and "must have a value other than None" in text:
         return " ".join(text.split()).removeprefix("flag ")  # a flag that is required
@@ -134,7 +177,7 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
         if ".router_options." in path:
             name = path.rpartition(".")[2]
             return f"set options of the router together: --config.model.moe.router_options=\"{{'{name}': {value}}}\""
-    if given and not any(re.match(r"--?config(=|$)", argument) for argument in argv):
+    if given and not config_files(argv):
         return f"--config.{next(iter(given))} is given without --config=FILE.py before it"
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return lines[-1 if "Traceback" in text else 0].strip() if lines else type(error).__name__

@@ -6,6 +6,7 @@ Then train on it with --config.data.tokenizer=runs/bpe4096.json. The documents t
 --eval_fraction) are left out here too; of a mixture, every document is read once, whatever the weights.
 """
 
+import sys
 from collections.abc import Iterator
 
 import tqdm
@@ -41,6 +42,12 @@ def training_documents(source: str, eval_fraction: float) -> Iterator[bytes]:
 def main() -> None:
     documents = training_documents(_SOURCE.value, _EVAL_FRACTION.value)
     tokenizer = tokenizers.train_bpe(documents, _VOCAB_SIZE.value, _OUTPUT.value)
+    if tokenizer.vocab_size < _VOCAB_SIZE.value:
+        print(
+            f"warning: --vocab_size={_VOCAB_SIZE.value} was not reached: this text has no more pairs to merge after "
+            f"{tokenizer.vocab_size} tokens; give more text for a larger vocabulary",
+            file=sys.stderr,
+        )
     print(f"{_OUTPUT.value}: {tokenizer.vocab_size} tokens; use it with --config.data.tokenizer={_OUTPUT.value}")
 
 

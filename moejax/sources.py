@@ -66,11 +66,13 @@ def parse_source(spec: str) -> Source:
 def parse_mixture(spec: str) -> tuple[tuple[float, Source], ...]:
     """"0.7*A + 0.3*B" -> ((0.7, A), (0.3, B)), weights as given; one bare source -> ((1.0, source),).
 
-    The parts are separated by " + " before a weight, so a glob may hold "*" and "+".
+    The parts are separated by " + " before a weight or a kind of source, so a glob may hold "*" and "+".
     UserError for a weight that is not above 0, or a part of several without one.
     """
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-    parts = re.split(rf"\s+\+\s+(?={number}\s*\*)", spec.strip())
+    kind = rf"(?:{'|'.join(KINDS)})(?::|\s|$)"
+    begins = rf"{number}\s*\*|(?:{number}\s+)?{kind}"  # one that lacks its weight too, to say so
+    parts = re.split(rf"\s*\+\s*(?={number}\s*\*\s*{kind})|\s+\+\s+(?={begins})", spec.strip())
     mixture = []
     for part in parts:
         weighted = re.fullmatch(rf"({number})\s*\*\s*(.+)", part)

@@ -228,3 +228,9 @@ def test_the_command_refuses_and_reports(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: arms differ in active FLOPs per token (all arms): dense ")
     assert "wide" in done.stderr and "Traceback" not in done.stderr
+    config.write_text(config.read_text().replace("1024", "512"))
+    empty = [*command, f"--config={config}", "--report_only"]
+    done = subprocess.run(empty, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "holds no evaluated run of the arms dense, wide" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()

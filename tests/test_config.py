@@ -311,6 +311,33 @@ class TestCommandLine:
         with pytest.raises(UserError, match=r"config\.model\.moe is None \(a dense model\)"):
             parse(monkeypatch, f"--config={DENSE}", "--config.model.moe.num_experts=4")
 
+    @pytest.mark.parametrize(
+        ("code", "words"),
+        [
+            ("def get_config():\n    config = dict(\n", r"line 2: SyntaxError: '\(' was never closed"),
+            ("x = 1\nfrom experiments.configs import basee\n", "line 2: ImportError: cannot import name 'basee'"),
+            ("import no_such_module\n", "line 1: ModuleNotFoundError: No module named 'no_such_module'"),
+            ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
+            ("def get_config():\n    raise ValueError('odd')\n", "line 2: ValueError: odd"),
+            ("from experiments.configs import base\n\ndef get_config():\n    return base.moe(routr=1).routr.x\n",
+             "line 4: AttributeError"),
+            ("x = 1\n", r"has no get_config\(\)"),
+        ],
+    )  # fmt: skip
+    def test_a_broken_config_file_is_named_with_its_line(self, monkeypatch, tmp_path, code, words):
+        path = tmp_path / "mine.py"
+        path.write_text(code)
+        monkeypatch.delitem(sys.modules, "config_config", raising=False)  # a file of before, and its get_config
+        for arguments in ([f"--config={path}"], ["--config", str(path)]):
+            with pytest.raises(UserError, match=f"config file {path}.*{words}") as error:
+                parse(monkeypatch, *arguments)
+            assert "\n" not in str(error.value)
+
+    def test_two_config_files_are_refused(self, monkeypatch):
+        for second in ([f"--config={DENSE}"], ["--config", DENSE], [f"--config={SWITCH}"]):
+            with pytest.raises(UserError, match=rf"given 2 times \({SWITCH}, {second[-1].removeprefix('--config=')}\)"):
+                parse(monkeypatch, f"--config={SWITCH}", *second)
+
 
 SCRIPT = textwrap.dedent('''
     """Says hello.

@@ -88,8 +88,10 @@ def test_train_tokenizer_command(tmp_path):
     command += ["--vocab_size=270", f"--output={tmp_path}/new/bpe.json"]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     done = subprocess.run(command, check=True, cwd=root, capture_output=True, text=True)
-    assert "270 tokens" in done.stdout
+    assert "270 tokens" in done.stdout and "was not reached" not in done.stderr
     assert prepare(tmp_path, f"text:{tmp_path}/text/*", tokenizer=f"{tmp_path}/new/bpe.json").vocab_size == 270
+    many = subprocess.run([*command, "--vocab_size=99999"], check=True, cwd=root, capture_output=True, text=True)
+    assert "warning: --vocab_size=99999 was not reached" in many.stderr
     failed = subprocess.run([*command, "--vocab_size=3"], check=False, cwd=root, capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stderr.strip().splitlines() == [
@@ -118,6 +120,8 @@ def test_train_tokenizer_command(tmp_path):
         ("0*python-stdlib", "the weight 0 is not above 0"),
         ("0.5*python-stdlib + -1*text:{}/short.txt", "the weight -1 is not above 0"),
         ("python-stdlib + 0.5*text:{}/short.txt", "'python-stdlib' has no weight"),
+        ("0.7*text:{}/short.txt + python-stdlib", "'python-stdlib' has no weight"),
+        ("0.7*python-stdlib + 0.3 text:{}/short.txt", "'0.3 text:.*' has no weight"),
     ],
 )
 def test_bad_sources(tmp_path, source, message):
