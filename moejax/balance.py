@@ -66,7 +66,7 @@ def router_z_loss(logits: Array, mask: Array) -> Array:
 
 
 def importance_loss(scores: Array, mask: Array) -> Array:
-    """(std / mean)² over experts of Σ_t scores_t, a scalar (V-MoE, Riquelme et al. 2021, appendix A).
+    """(std / mean)² over experts of Σ_t scores_t, a scalar (V-MoE's importance loss, Riquelme et al. 2021).
 
     scores (T, E) f32: the noiseless softmax. std is the population's. V-MoE adds half of it and half of `load_loss`.
     """
@@ -74,7 +74,7 @@ def importance_loss(scores: Array, mask: Array) -> Array:
 
 
 def load_loss(logits: Array, noise: Noise | None, experts_per_token: int, mask: Array) -> Array:
-    """(std / mean)² over experts of the expected load, a scalar (V-MoE, appendix A; after Shazeer et al. 2017).
+    """(std / mean)² over experts of the expected load, a scalar (V-MoE's load loss; Shazeer et al. 2017, eq. 8-10).
 
     load_i = Σ_t P(logits_i + new noise ≥ the K-th largest noisy logit of t) = Σ_t 1 − Φ((threshold − logits_i) / std).
     logits (T, E) f32 without noise; noise: `Routing.noise`. Raises UserError when there is none: a router without noise

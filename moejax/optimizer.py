@@ -16,7 +16,7 @@ from moejax.config import OptimizerConfig
 
 FLOOR = 0.1  # where cosine and wsd end, as a share of the peak; a run that goes on past its horizon still learns
 WSD_DECAY_FROM = 0.8  # of the horizon
-STEPS_FACTOR, STEPS_AT = 0.316, (0.8, 0.9)  # DeepSeekMoE (Dai 2024, §4.1)
+STEPS_FACTOR, STEPS_AT = 0.316, (0.8, 0.9)  # DeepSeekMoE (Dai 2024, validation experiments)
 
 VECTORS = ("scale", "bias", "sinks")  # by name: under nn.scan they have two axes like a matrix
 # Muon is for hidden matrices; tables of vectors and the router's small head stay with Adam (Jordan 2024).

@@ -98,7 +98,7 @@ def with_capacity(routing: Routing, capacity: int) -> Routing:
     """The same routing with `keep` off for what doesn't fit: an expert takes at most `capacity` (C) choices.
 
     First choices of all tokens go before second choices, and so on; inside one rank, by position (GShard, Lepikhin et
-    al. 2020, algorithm 1; V-MoE, Riquelme et al. 2021, algorithm 1). Choices that aren't kept take no room. Weights
+    al. 2020, algorithm 1; V-MoE, Riquelme et al. 2021, before its batch prioritised routing). Choices that aren't kept take no room. Weights
     stay as they are. With K > 1, a later token's first choice can push out an earlier token's second one: the one
     place, with expert choice, where the future reaches the past. With K = 1 an earlier token never notices.
     """
@@ -178,7 +178,7 @@ def top_k(logits: Array, *, experts_per_token: int, mask: Array, renormalize: bo
     """Softmax top-k. logits (T, E) f32, mask (T,) bool.
 
     renormalize=True: gates are p_i / Σ_selected p, that is softmax over the selected logits (Mixtral, Jiang et al.
-    2024, §2.1). False: gates are p_i (OLMoE, Muennighoff et al. 2024; DeepSeekMoE, Dai et al. 2024,
+    2024). False: gates are p_i (OLMoE, Muennighoff et al. 2024; DeepSeekMoE, Dai et al. 2024,
     eq. 9-11).
     """
     scores = jax.nn.softmax(logits)
@@ -218,7 +218,7 @@ def noisy_top_k(
 def vmoe(
     logits: Array, *, experts_per_token: int, mask: Array, key: Array | None = None, noise_std: float | None = None
 ) -> Routing:
-    """V-MoE (Riquelme et al. 2021, §2): g = TOP_K(softmax(W·x + ε)), ε ~ N(0, 1/E²), gates not renormalised.
+    """V-MoE (Riquelme et al. 2021, routing): g = TOP_K(softmax(W·x + ε)), ε ~ N(0, 1/E²), gates not renormalised.
 
     logits (T, E) f32, mask (T,) bool. noise_std replaces 1/E. No noise when key is None. `scores` are softmax(logits),
     noiseless, as its importance loss takes them.
@@ -272,7 +272,7 @@ def group_limited_softmax(
     renormalize: bool = False,
     scale: float = 1.0,
 ) -> Routing:
-    """Group-limited top-k of DeepSeek-V2 (2024, §2.2.2): a group's score is its best softmax score.
+    """Group-limited top-k of DeepSeek-V2 (2024, §2.2.2, device-limited routing): a group's score is its best softmax score.
 
     The K largest probabilities among the experts of the `groups_kept` best of `groups` equal groups of neighbours;
     gates are scale · p_i (V2: 8 groups keep 3, scale 16; V2-Lite: one group). logits (T, E) f32, mask (T,) bool.
@@ -296,7 +296,7 @@ def group_limited_sigmoid(
     bias: Array | None = None,
     scale: float = 1.0,
 ) -> Routing:
-    """Group-limited top-k of DeepSeek-V3 (2024, §2.1.2, eq. 12-16): as `sigmoid_top_k`, within the best groups.
+    """Group-limited top-k of DeepSeek-V3 (2024, §2.1.2, eq. 12-16, node-limited): `sigmoid_top_k` in the best groups.
 
     A group's score is the sum of its two best s + b; experts outside the `groups_kept` best groups get -inf (V3: 8
     groups keep 4, scale 2.5). logits (T, E) f32, mask (T,) bool, bias (E,) f32 or None. Errors as the V2 form.

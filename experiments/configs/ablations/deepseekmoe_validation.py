@@ -26,6 +26,6 @@ def get_config() -> ConfigDict:
     config.arms.gshard.model.moe.num_experts = 16
     config.arms.gshard.model.moe.expert_width = base.share_of(config.model, 1)
     config.arms.deepseekmoe.model.moe.experts_per_token = 7
-    config.arms.deepseekmoe.model.moe.router_options = {"renormalize": False}  # eq. 9-10: the gate is the softmax score
+    config.arms.deepseekmoe.model.moe.router_options = {"renormalize": False}  # eq. 9-11: the gate is the softmax score
     config.classes = {"one FFN per token": ("dense", "hash", "switch"), "two per token": ("gshard", "deepseekmoe")}
     return config
