@@ -98,9 +98,10 @@ def with_capacity(routing: Routing, capacity: int) -> Routing:
     """The same routing with `keep` off for what doesn't fit: an expert takes at most `capacity` (C) choices.
 
     First choices of all tokens go before second choices, and so on; inside one rank, by position (GShard, Lepikhin et
-    al. 2020, algorithm 1; V-MoE, Riquelme et al. 2021, before its batch prioritised routing). Choices that aren't kept take no room. Weights
-    stay as they are. With K > 1, a later token's first choice can push out an earlier token's second one: the one
-    place, with expert choice, where the future reaches the past. With K = 1 an earlier token never notices.
+    al. 2020, algorithm 1; V-MoE, Riquelme et al. 2021, without batch prioritised routing). Choices that aren't kept
+    take no room. Weights stay as they are. With K > 1, a later token's first choice can push out an earlier token's
+    second one: the one place, with expert choice, where the future reaches the past. With K = 1 an earlier token never
+    notices.
     """
     num_tokens, k = routing.experts.shape
     flat = routing.experts.T.reshape(-1)
@@ -272,7 +273,7 @@ def group_limited_softmax(
     renormalize: bool = False,
     scale: float = 1.0,
 ) -> Routing:
-    """Group-limited top-k of DeepSeek-V2 (2024, §2.2.2, device-limited routing): a group's score is its best softmax score.
+    """Group-limited top-k of DeepSeek-V2 (2024, §2.2.2, device-limited): a group's score is its best softmax score.
 
     The K largest probabilities among the experts of the `groups_kept` best of `groups` equal groups of neighbours;
     gates are scale · p_i (V2: 8 groups keep 3, scale 16; V2-Lite: one group). logits (T, E) f32, mask (T,) bool.
