@@ -17,7 +17,8 @@ def rounds(
     """
     times: dict[Any, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        jax.block_until_ready([run() for _ in range(2)])
+        for _ in range(2):  # one at a time: a training step donates what it returned before
+            jax.block_until_ready(run())
     for _ in range(repeats):
         for name, run in runs.items():
             start = time.perf_counter()
