@@ -54,10 +54,10 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     on_token: Callable[[np.ndarray], None] | None = None,
 ) -> list[list[int]]:
-    """The new token ids of each prompt, at most `max_new_tokens`, ending after `eos_id` if one is given.
+    """The new token ids of each prompt, at most `max_new_tokens`, ending after `eos_id` (or any of several) if given.
 
     `prompts` are lists of token ids, of any lengths but not empty. `on_token` is called with each step's tokens (B,),
     for streaming. Raises UserError for an empty prompt or options out of range.
@@ -74,6 +74,7 @@ def generate(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     cache_length = -(-(tokens.shape[1] + max_new_tokens) // CACHE_STEP) * CACHE_STEP
+    variables = jax.device_put(variables)  # once, not with every token; arrays that are on a device stay there
     advance = functools.partial(
         _advance, model, variables, cache_length=cache_length, temperature=float(temperature), top_p=float(top_p)
     )
@@ -83,16 +84,20 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     finished = np.zeros(len(prompts), bool)
     ones = np.ones_like(lengths)
+    ends = {eos_id} if isinstance(eos_id, int | np.integer) else set(eos_id or ())
     for step in range(max_new_tokens):
+        following = None
+        if step < max_new_tokens - 1:  # begun before this step's tokens are waited for, so that the device never idles
+            positions = (lengths + step)[:, None]
+            following, cache = advance(cache, new[:, None], positions, ones, jax.random.fold_in(key, step + 1))
         fetched = np.asarray(new)
         if on_token is not None:
             on_token(fetched)
         for row, token in enumerate(fetched):
             if not finished[row]:
                 results[row].append(int(token))
-                finished[row] = eos_id is not None and token == eos_id
-        if finished.all() or step == max_new_tokens - 1:
+                finished[row] = int(token) in ends
+        if following is None or finished.all():
             break
-        positions = (lengths + step)[:, None]
-        new, cache = advance(cache, new[:, None], positions, ones, jax.random.fold_in(key, step + 1))
+        new = following
     return results

@@ -1,4 +1,4 @@
-"""moejax parameters as a Hugging Face checkpoint: safetensors shards, their index, config.json. The import's rules, back.
+"""moejax parameters as a Hugging Face checkpoint: safetensors shards, an index, config.json, by the import's rules.
 
 Written beside its place and renamed into it, so a folder that is there is whole.
 """
@@ -81,11 +81,11 @@ def config_json(family: Family, config: Any, dtypes: Mapping[str, np.dtype], raw
     counts: dict[str, int] = {}
     for dtype in dtypes.values():
         counts[str(dtype)] = counts.get(str(dtype), 0) + 1
-    dtype = max(counts, key=counts.__getitem__)
+    most = max(counts, key=lambda name: counts[name])
     if raw is None:
-        return family.write_config(config) | {"dtype": dtype}
+        return family.write_config(config) | {"dtype": most}
     kept = {key: value for key, value in raw.items() if key != "quantization_config"}
-    return kept | {("torch_dtype" if "torch_dtype" in kept else "dtype"): dtype}
+    return kept | {("torch_dtype" if "torch_dtype" in kept else "dtype"): most}
 
 
 def export_variables(target: str | Path, family: Family, config: Any, variables: Mapping[str, Any], **options) -> int:

@@ -167,23 +167,34 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
     return family, family.read_config(raw), raw
 
 
+def check(source: Source, family: Family, config: Any) -> dict[str, Shape]:
+    """Shape of every parameter by path; UserError unless the source has exactly the tensors that make them up."""
+    shapes = {path: leaf.shape for path, leaf in abstract(family.model(config)).items()}
+    tensors = hf_tensors.expected(family.rules(config), shapes)
+    present = dict(source.shapes)
+    if config.tie_word_embeddings and "lm_head.weight" in present:
+        del present["lm_head.weight"]
+        if not np.array_equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
+            raise UserError(f"{source.folder}: lm_head.weight differs from the embedding, and config.json ties the two")
+    hf_tensors.check(str(source.folder), tensors, present)
+    return shapes
+
+
+def parameter_dtype(source: Source, rule: hf_tensors.Rule, path: str, dtype: Any = None) -> np.dtype:
+    """What `parameters` gives a path: `dtype`, or its first tensor's where None. Selection biases stay float32."""
+    return np.dtype(np.float32) if path.startswith("router_state/") else np.dtype(dtype or source.dtype(rule.names[0]))
+
+
 def parameters(source: Source, family: Family, config: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """(path, array) of every parameter, one rule at a time, after all names and shapes were checked.
 
     dtype: of the parameters; None keeps each tensor's. Selection biases stay float32.
     """
-    wanted = {path: leaf.shape for path, leaf in abstract(family.model(config)).items()}
-    rules = family.rules(config)
-    tensors = hf_tensors.expected(rules, wanted)
-    tied = config.tie_word_embeddings and "lm_head.weight" in source.shapes and "lm_head.weight" not in tensors
-    present = {name: shape for name, shape in source.shapes.items() if not (tied and name == "lm_head.weight")}
-    hf_tensors.check(str(source.folder), tensors, present)
-    if tied and not np.array_equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
-        raise UserError(f"{source.folder}: lm_head.weight differs from the embedding, and config.json ties the two")
-    for rule in rules:
-        arrays = rule.read([wanted[path] for path in rule.paths], [source.read(name) for name in rule.names])
+    shapes = check(source, family, config)
+    for rule in family.rules(config):
+        arrays = rule.read([shapes[path] for path in rule.paths], [source.read(name) for name in rule.names])
         for path, array in zip(rule.paths, arrays, strict=True):
-            target = np.dtype(np.float32) if path.startswith("router_state/") else np.dtype(dtype or array.dtype)
+            target = parameter_dtype(source, rule, path, dtype)
             yield path, array if array.dtype == target else array.astype(target)
 
 

@@ -1,0 +1,213 @@
+"""Importing: what is quantised, streamed, spelled in the old way, or wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moejax import checkpoint, hf_checkpoint, hf_export, hf_import, hf_tensors, models, safetensors
+from moejax.errors import UserError
+from moejax.rope import Rope
+
+TINY = Path(__file__).parent / "data" / "hf_tiny"
+
+
+def copy(tmp_path, name, config=None, tensors=None, drop=()):
+    """A changed copy of a tiny checkpoint: config keys (None drops one), further tensors, dropped ones."""
+    folder = tmp_path / name
+    folder.mkdir()
+    raw = json.loads((TINY / name / "config.json").read_text())
+    raw = {
+        key: value for key, value in (raw | (config or {})).items() if value is not None or key not in (config or {})
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    old = {key: shard.read(key) for key, shard in safetensors.open_folder(TINY / name).items() if key not in drop}
+    new = {key: np.asarray(value) for key, value in (old | (tensors or {})).items()}
+    specs = {key: (safetensors.NAMES[value.dtype], value.shape) for key, value in new.items()}
+    safetensors.write(folder / safetensors.SINGLE, specs, new.values())
+    return folder
+
+
+def refused(folder, *words):
+    with pytest.raises(UserError) as error:
+        models.load_hf(folder)
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+# ---- streamed into a checkpoint and back
+
+
+def test_import_writes_a_checkpoint_that_restores_and_exports_the_same_files(tmp_path):
+    source = TINY / "deepseek_v3"
+    told = hf_checkpoint.convert(source, tmp_path / "run", models.FAMILIES)
+    _, variables = models.load_hf(source)
+    found = checkpoint.restore(tmp_path / "run")
+    wanted = hf_tensors.flatten(variables)
+    restored = hf_tensors.flatten(found.trees)
+    assert restored.keys() == wanted.keys()
+    for path, array in wanted.items():
+        np.testing.assert_array_equal(restored[path], array)
+    assert told["parameters"] == sum(a.size for p, a in wanted.items() if p.startswith("params"))
+    assert found.step == 0 and found.config["family"] == "deepseek_v3"
+
+    stored = hf_checkpoint.Stored(tmp_path / "run", models.FAMILIES)
+    dtypes = {path: stored.dtype(path) for path in stored.shapes}
+    hf_export.export(
+        tmp_path / "out", stored.family, stored.config, stored.read, dtypes, raw=stored.raw, beside=stored.beside()
+    )
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
+    again = models.load_hf(tmp_path / "out")[1]
+    for path, array in hf_tensors.flatten(again).items():
+        np.testing.assert_array_equal(array, wanted[path])
+    with pytest.raises(UserError, match="already"):
+        hf_checkpoint.convert(source, tmp_path / "run", models.FAMILIES)
+
+
+def test_a_failed_import_leaves_no_checkpoint(tmp_path):
+    bad = np.full((32,), np.nan, np.float32)
+    folder = copy(tmp_path, "olmoe", tensors={"model.layers.1.input_layernorm.weight": bad})
+    with pytest.raises(UserError, match=r"model\.layers\.1\.input_layernorm\.weight holds a NaN"):
+        hf_checkpoint.convert(folder, tmp_path / "run", models.FAMILIES)
+    assert checkpoint.restore(tmp_path / "run") is None
+
+
+def test_arrays_larger_than_a_piece_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_checkpoint, "CHUNK_BYTES", 512)
+    hf_checkpoint.convert(TINY / "mixtral", tmp_path, models.FAMILIES, "bfloat16")
+    found = hf_tensors.flatten(checkpoint.restore(tmp_path).trees)
+    _, variables = models.load_hf(TINY / "mixtral", jnp.bfloat16)
+    for path, array in hf_tensors.flatten(variables).items():
+        assert found[path].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(found[path], array)
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(UserError, match="GB are needed"):
+        hf_checkpoint.convert(TINY / "mixtral", tmp_path / "run", models.FAMILIES)
+    assert checkpoint.restore(tmp_path / "run") is None
+
+
+# ---- dequantised
+
+
+def test_float8_blocks_by_hand():
+    """200 × 130 in blocks of 128: rows 0-127 and 128-199, columns 0-127 and 128-129, each with its factor."""
+    tensor = np.full((200, 130), 1.5, ml_dtypes.float8_e4m3fn)
+    scale = np.array([[2.0, 4.0], [0.5, 1.0]], np.float32)
+    out = hf_import.dequantise_fp8(tensor, scale)
+    assert out.dtype == ml_dtypes.bfloat16
+    assert [float(out[i, j]) for i, j in ((0, 0), (127, 128), (128, 127), (199, 129))] == [3.0, 6.0, 0.75, 1.5]
+    with pytest.raises(UserError, match=r"needs scales of \(2, 2\)"):
+        hf_import.dequantise_fp8(tensor, scale[:1])
+
+
+def test_mxfp4_by_hand():
+    """One expert, one output, 32 inputs. Byte 0x21 is code 1 (0.5) then code 2 (1.0); 0xF9: 9 (−0.5) then 15 (−6)."""
+    blocks = np.zeros((1, 1, 1, 16), np.uint8)
+    blocks[0, 0, 0, :2] = 0x21, 0xF9
+    out = hf_import.dequantise_mxfp4(blocks, np.array([[[128]]], np.uint8))  # 2^(128 − 127) = 2
+    assert out.shape == (1, 32, 1) and out.dtype == ml_dtypes.bfloat16
+    assert out[0, :5, 0].astype(float).tolist() == [1.0, 2.0, -1.0, -12.0, 0.0]
+
+
+def test_a_quantised_checkpoint_is_the_one_of_its_dequantised_tensors(tmp_path):
+    rng = np.random.default_rng(0)
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    small = rng.normal(size=(16, 32)).astype(ml_dtypes.float8_e4m3fn)
+    tensors = {name: small, name + "_scale_inv": np.full((1, 1), 0.25, np.float32)}
+    quantised = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    _, variables = models.load_hf(copy(tmp_path, "deepseek_v3", quantised, tensors))
+    np.testing.assert_array_equal(variables["params"]["layer_1"]["moe"]["up"][3], small.astype(np.float32).T * 0.25)
+
+    name = "model.layers.0.mlp.experts.gate_up_proj"  # (4, 32, 32): 32 inputs are one block
+    blocks = rng.integers(0, 256, (4, 32, 1, 16), dtype=np.uint8)
+    scales = rng.integers(120, 130, (4, 32, 1), dtype=np.uint8)
+    tensors = {name + "_blocks": blocks, name + "_scales": scales}
+    _, variables = models.load_hf(copy(tmp_path, "gpt_oss", tensors=tensors, drop=(name,)))
+    whole = hf_import.dequantise_mxfp4(blocks, scales).astype(np.float32)
+    np.testing.assert_array_equal(variables["params"]["layer_0"]["moe"]["gate"], whole[..., ::2])
+    np.testing.assert_array_equal(variables["params"]["layer_0"]["moe"]["up"], whole[..., 1::2])
+
+
+# ---- spellings
+
+
+def test_the_spelling_of_transformers_4_says_the_same(tmp_path):
+    old = {
+        "rope_parameters": None, "rope_theta": 5000.0, "torch_dtype": "float32", "dtype": None,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32},
+        "num_experts": 8, "num_local_experts": None,
+    }  # fmt: skip
+    _, config, _ = hf_import.read_config(copy(tmp_path, "qwen3_moe", old), models.FAMILIES)
+    assert config.rope == Rope(5000.0, "yarn", 4.0, 16, beta_fast=32.0)
+    assert config.num_experts == 8
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_every_preset_survives_its_config_json(name):
+    family = models.FAMILIES[name]
+    for config in family.presets.values():
+        assert family.read_config(json.loads(json.dumps(family.write_config(config)))) == config
+
+
+def test_a_tied_embedding_may_be_there_twice_and_must_be_the_same(tmp_path):
+    tied = {"tie_word_embeddings": True}
+    table = safetensors.open_folder(TINY / "mixtral")["model.embed_tokens.weight"].read("model.embed_tokens.weight")
+    (tmp_path / "same").mkdir()
+    _, variables = models.load_hf(copy(tmp_path / "same", "mixtral", tied, {"lm_head.weight": table}))
+    assert "unembedding" not in variables["params"]
+    refused(copy(tmp_path, "mixtral", tied), "lm_head.weight differs")
+
+
+# ---- refused
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"architectures": ["GrandForCausalLM"]}, ("GrandForCausalLM is not known", "OlmoeForCausalLM")),
+        ({"norm_topk_probs": True}, ("unknown attribute norm_topk_probs", "nearest is norm_topk_prob")),
+        ({"hidden_act": "gelu"}, ("hidden_act='gelu'", "'silu'")),
+        ({"num_experts": "eight"}, ("num_experts='eight'", "an int")),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, ("rope_type='spiral'", "yarn")),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ("yarn", "needs factor")),
+        ({"num_hidden_layers": 3}, ("missing", "model.layers.2.")),
+        ({"num_hidden_layers": 1}, ("unused", "model.layers.1.")),
+        ({"intermediate_size": 16}, ("wrong shape", "(24, 32)", "(16, 32)")),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path, config, words):
+    if "rope_parameters" in config and config["rope_parameters"].get("rope_type") == "yarn":
+        config = config | {"max_position_embeddings": None}
+        words = ("yarn", "needs")
+    refused(copy(tmp_path, "olmoe", config), *words)
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    refused(tmp_path, "no config.json")
+    folder = copy(tmp_path, "olmoe")
+    file = folder / safetensors.SINGLE
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    refused(folder, "cut short", "model.safetensors")
+    file.write_bytes(whole[:5])
+    refused(folder, "cut short")
+    file.write_bytes(whole.replace(b'"F32"', b'"F3X"', 1))
+    refused(folder, "F3X", "can't be held")
+    file.unlink()
+    refused(folder, "no safetensors files")
+    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    refused(folder, "lacks 1 of 1 shards", "model-00001-of-00002.safetensors")
+
+
+def test_float8_without_its_scales_is_refused(tmp_path):
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    refused(copy(tmp_path, "olmoe", tensors={name: np.ones((24, 32), ml_dtypes.float8_e4m3fn)}), "float8", "_scale_inv")
