@@ -1,15 +1,18 @@
 """Grouped products on TPU, in Mosaic TPU: weights, rows and results cross the memory bus about once each.
 
 The grid is one list of steps. A *visit* is a block of rows and one of the groups in it (a block that two groups share
-has two visits). A *sweep* is a run of visits of one group; its steps go down its rows, then on to the next columns. The
-first column fetches the rows and keeps them in VMEM for the others, so a sweep reads its rows once and its weights
-once; where VMEM holds a group's whole weights there is one column and nothing to keep. README.md has the bytes.
+has two visits). A *sweep* is a run of visits of one group; its steps go down its rows, then on to the next column of
+the weights. The first column fetches the rows and keeps them in VMEM for the others, so a sweep reads its rows and its
+weights once. Where rows are much wider than results, the columns are of K instead (*deep*): every step fetches its part
+of the rows, and what is kept is the results' sums. Where VMEM holds a group's whole weights there is one column and
+nothing to keep. README.md has the bytes.
 
 Limits: TPU with 64 MiB of VMEM or more (v5e, v5p, v6e, 7x); bfloat16 or float32; K and N multiples of 128.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,11 +31,12 @@ _GROUP, _BLOCK, _START, _STOP, _FIRST, _COUNT, _OPEN, _FETCH = range(8)
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """rows in a block, width of a column, and how many blocks of rows a sweep keeps in VMEM (0: one column)."""
+    """rows in a block, width of a column (of K if deep), how many blocks of rows a sweep keeps (0: one column)."""
 
     rows: int
     width: int
     keep: int
+    deep: bool = False
 
 
 def why_not(lhs, rhs, transpose_rhs: bool) -> str | None:
@@ -70,17 +74,18 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
     t = tiling or forward_tiling(M, E, K, N, lhs.dtype.itemsize, _vmem() or _VMEM)
     table, visits = row_visits(metadata, M, t)
     in_specs, out_spec = forward_specs(t, K, N, transpose_rhs)
-    columns = pl.cdiv(N, t.width)
+    columns = pl.cdiv(K if t.deep else N, t.width)
+    kept = (t.keep, t.rows, N if t.deep else K) if t.keep else (1, 8, _LANES)
     call = pl.pallas_call(
-        functools.partial(_forward_kernel, columns, transpose_rhs),
+        functools.partial(_forward_kernel, t, columns, transpose_rhs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(visits * columns,),
             in_specs=in_specs,
             out_specs=out_spec,
             scratch_shapes=[
-                pltpu.VMEM((columns, t.rows, t.width), out_dtype),
-                pltpu.VMEM((t.keep or 1, t.rows if t.keep else 8, K if t.keep else _LANES), lhs.dtype),
+                pltpu.VMEM((1, t.rows, N) if t.deep else (columns, t.rows, t.width), out_dtype),
+                pltpu.VMEM(kept, jnp.float32 if t.deep else lhs.dtype),
             ],
         ),
         **_common("grouped_matmul", (M, N), out_dtype, lhs),
@@ -97,6 +102,7 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiling: Til
     narrow, wide = min(K, N), max(K, N)
     columns = pl.cdiv(wide, t.width)
     sums = (t.width, N) if K > N else (K, t.width)
+    kept = (t.keep, t.rows, narrow) if t.keep else (1, 8, _LANES)
     call = pl.pallas_call(
         functools.partial(_drhs_kernel, columns, t.keep, K > N),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -106,7 +112,7 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiling: Til
             out_specs=out_spec,
             scratch_shapes=[
                 pltpu.VMEM(sums, jnp.float32),
-                pltpu.VMEM((t.keep or 1, t.rows if t.keep else 8, narrow if t.keep else _LANES), lhs.dtype),
+                pltpu.VMEM(kept, lhs.dtype),
             ],
         ),
         **_common("grouped_matmul_drhs", (E, K, N), out_dtype, lhs),
@@ -182,30 +188,43 @@ def _place(step, table, columns: int):
     return visit, lax.div(within, count), place, first + count - 1
 
 
+def _zero():
+    return jnp.int32(0)  # made in each index map: they may not capture arrays
+
+
 def forward_specs(t: Tiling, K: int, N: int, transpose_rhs: bool):
     """([lhs, rhs], out) BlockSpecs."""
-    columns = pl.cdiv(N, t.width)
+    columns = pl.cdiv(K if t.deep else N, t.width)
+
+    def used_column(visit, column, table):  # past the sum no new block is fetched
+        return jnp.where(table[_STOP, visit] > table[_START, visit], column, columns - 1)
 
     def lhs(step, table):
         visit, column, _, last = _place(step, table, columns)
-        return table[_FETCH, jnp.where(column == 0, visit, last)], jnp.int32(0)
+        if t.deep:
+            return table[_FETCH, visit], used_column(visit, column, table)
+        return table[_FETCH, jnp.where(column == 0, visit, last)], _zero()
 
     def rhs(step, table):
         visit, column, _, _ = _place(step, table, columns)
-        column = jnp.where(table[_STOP, visit] > table[_START, visit], column, columns - 1)
-        return (table[_GROUP, visit], *((column, jnp.int32(0)) if transpose_rhs else (jnp.int32(0), column)))
+        column = used_column(visit, column, table)
+        return table[_GROUP, visit], *((column, _zero()) if t.deep != transpose_rhs else (_zero(), column))
 
     def out(step, table):
         # a block that the next visit completes is not written yet: stay at the block written last
         visit, column, place, _ = _place(step, table, columns)
         block, waits = table[_BLOCK, visit], table[_OPEN, visit]
+        if t.deep:
+            early = table[_BLOCK, visit - place] - 1
+            return jnp.maximum(jnp.where(column == columns - 1, block - waits, early), 0), _zero()
         none = (waits == 1) & (block == 0)
         before = jnp.where(none, 0, jnp.where(place > 0, column, columns - 1))
         return jnp.maximum(block - waits, 0), jnp.where(waits == 1, before, column)
 
-    weights = (None, t.width, K) if transpose_rhs else (None, K, t.width)
-    in_specs = [pl.BlockSpec((t.rows, K), lhs), pl.BlockSpec(weights, rhs)]
-    return in_specs, pl.BlockSpec((t.rows, t.width), out)
+    deep, wide = (t.width, N) if t.deep else (K, t.width)
+    weights = (None, wide, deep) if transpose_rhs else (None, deep, wide)
+    in_specs = [pl.BlockSpec((t.rows, deep), lhs), pl.BlockSpec(weights, rhs)]
+    return in_specs, pl.BlockSpec((t.rows, wide), out)
 
 
 def drhs_specs(t: Tiling, K: int, N: int):
@@ -214,7 +233,7 @@ def drhs_specs(t: Tiling, K: int, N: int):
 
     def narrow(step, table):
         visit, column, place, last = _place(step, table, columns)
-        return table[_FETCH, jnp.where((column == 0) | (place >= t.keep), visit, last)], jnp.int32(0)
+        return table[_FETCH, jnp.where((column == 0) | (place >= t.keep), visit, last)], _zero()
 
     def wide(step, table):
         visit, column, _, _ = _place(step, table, columns)
@@ -222,7 +241,7 @@ def drhs_specs(t: Tiling, K: int, N: int):
 
     def out(step, table):
         visit, column, _, _ = _place(step, table, columns)
-        return table[_GROUP, visit], *((column, jnp.int32(0)) if K > N else (jnp.int32(0), column))
+        return table[_GROUP, visit], *((column, _zero()) if K > N else (_zero(), column))
 
     in_specs = [pl.BlockSpec((t.rows, min(K, N)), narrow), pl.BlockSpec((t.rows, t.width), wide)]
     return in_specs, pl.BlockSpec((None, t.width, N) if K > N else (None, K, t.width), out)
@@ -231,10 +250,11 @@ def drhs_specs(t: Tiling, K: int, N: int):
 # ---- The kernels.
 
 
-def _forward_kernel(columns, transpose_rhs, table, lhs, rhs, out, carry, kept):
+def _forward_kernel(t, columns, transpose_rhs, table, lhs, rhs, out, carry, kept):
     visit, column, place, _ = _place(pl.program_id(0), table, columns)
     start, stop, waits = table[_START, visit], table[_STOP, visit], table[_OPEN, visit]
-    if columns > 1:
+    done = column == columns - 1 if t.deep else True
+    if t.keep and not t.deep:
 
         @pl.when(column == 0)
         def _():
@@ -242,23 +262,26 @@ def _forward_kernel(columns, transpose_rhs, table, lhs, rhs, out, carry, kept):
 
     def store(at, product):
         row = lax.broadcasted_iota(jnp.int32, product.shape, 0)
-        value = jnp.where(row < start, carry[column, :, at].astype(jnp.float32), jnp.where(row < stop, product, 0))
-        value = value.astype(out.dtype)
+        before = carry.at[0 if t.deep else column, :, at]
+        value = jnp.where(row < start, before[...].astype(jnp.float32), jnp.where(row < stop, product, 0))
 
-        @pl.when(waits == 1)
+        @pl.when(done & (waits == 1))
         def _():
-            carry[column, :, at] = value
+            before[...] = value.astype(out.dtype)
 
-        @pl.when(waits == 0)
+        @pl.when(done & (waits == 0))
         def _():
-            out[:, at] = value
+            out[:, at] = value.astype(out.dtype)
 
     def some_columns(at):
         @pl.when(stop > start)
         def _():
-            rows = kept[place] if columns > 1 else lhs[...]
-            weights = rhs[at, :] if transpose_rhs else rhs[:, at]
-            store(at, _dot(rows, weights, 1, 1 if transpose_rhs else 0))
+            rows = kept[place] if t.keep and not t.deep else lhs[...]
+            product = _dot(rows, rhs[at, :] if transpose_rhs else rhs[:, at], 1, 1 if transpose_rhs else 0)
+            if t.deep:
+                product += jnp.where(column > 0, kept[place, :, at], 0)
+                kept[place, :, at] = product
+            store(at, product)
 
         @pl.when(stop <= start)
         def _():
@@ -329,43 +352,53 @@ def _for_columns(width: int, step) -> None:
 @functools.cache
 def forward_tiling(M: int, E: int, K: int, N: int, itemsize: int, vmem: int) -> Tiling | None:
     """All columns at once where a group's weights fit; else columns that leave room for the rows of a sweep."""
-    rows = _rows(M, E)
+    deep = itemsize * K > 4 * N  # a row of float32 sums takes less than a row of lhs
 
-    def used(width):
-        weights, block, result = K * width, rows * K, rows * width
+    def used(rows, width):
+        inside, across = (width, N) if deep else (K, width)
+        blocks = inside * across + rows * (inside + across)
         # two of each, since the next is fetched meanwhile; the carried rows; products in float32
-        return itemsize * (2 * (weights + block + result) + rows * N) + 8 * rows * _PIECE
+        return itemsize * (2 * blocks + rows * N) + 8 * rows * _PIECE
 
-    return _fit(rows, N, used, rows * K * itemsize, M, E, vmem)
+    most = _rows(M, E)
+    if used(most, K if deep else N) <= _room(vmem):
+        return Tiling(most, N, 0)
+    return _fit(M, E, K if deep else N, 4 * N if deep else itemsize * K, used, vmem, deep)
 
 
 @functools.cache
 def drhs_tiling(M: int, E: int, K: int, N: int, itemsize: int, vmem: int) -> Tiling | None:
     """As forward_tiling; the narrower of the two operands is the one that a sweep keeps."""
-    rows, narrow, wide = _rows(M, E), min(K, N), max(K, N)
+    narrow, wide = min(K, N), max(K, N)
 
-    def used(width):
+    def used(rows, width):
         result, blocks = narrow * width, rows * (narrow + width)
         return itemsize * 2 * (result + blocks) + 4 * (result + rows * narrow) + 4 * narrow * _PIECE
 
-    return _fit(rows, wide, used, rows * narrow * itemsize, M, E, vmem)
+    most = _rows(M, E)
+    if used(most, wide) <= _room(vmem):
+        return Tiling(most, wide, 0)
+    return _fit(M, E, wide, narrow * itemsize, used, vmem)
+
+
+def _room(vmem: int) -> int:
+    return vmem // 8 * 7  # the rest is the compiler's
 
 
 def _rows(M: int, E: int) -> int:
     mean = M // E
-    rows = 256 if mean >= 1024 else 128 if mean >= 64 else 32
-    return min(rows, -(-M // 16) * 16)
+    return min(256 if mean >= 1024 else 128 if mean >= 64 else 32, -(-M // 16) * 16)
 
 
-def _fit(rows: int, wide: int, used, block: int, M: int, E: int, vmem: int) -> Tiling | None:
-    room = vmem // 8 * 7
-    if used(wide) <= room:
-        return Tiling(rows, wide, 0)
-    fits = []
-    for width in (_PIECE, _PIECE // 2, _LANES):
-        keep = min((room - used(width)) // block, pl.cdiv(M, rows) + 1)
-        if keep > 0:
-            fits.append(Tiling(rows, width, keep))
-    # groups are uneven: room for four times the mean group, if there is; else for the most rows
-    enough = [t for t in fits if t.keep * rows >= min(4 * M // E, M)]
-    return enough[0] if enough else max(fits, key=lambda t: t.keep, default=None)
+def _fit(M: int, E: int, wide: int, row_bytes: int, used, vmem: int, deep: bool = False) -> Tiling | None:
+    most, fits = _rows(M, E), []
+    for rows, width in itertools.product((most, max(most // 2, 16)), (_PIECE, _PIECE // 2, _LANES)):
+        keep = min((_room(vmem) - used(rows, width)) // (rows * row_bytes), pl.cdiv(M, rows) + 1)
+        if keep > 0 and not (deep and wide % width):
+            fits.append(Tiling(rows, width, keep, deep))
+    fits = [t for t in fits if t.width > _LANES] or fits  # the narrowest leaves a multiply unit half empty
+    for share in (4, 2, 1):  # groups are uneven: room for four times the mean group if there is
+        for t in fits:
+            if t.keep * t.rows >= min(share * M // E, M):
+                return t
+    return max(fits, key=lambda t: t.keep * t.rows, default=None)
