@@ -20,6 +20,7 @@ from moejax import config as configs
 from moejax.errors import UserError
 from moejax.evaluate import evaluate
 from moejax.models.lm import LM
+from moejax.train_step import PROBE
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run, or a copy of its checkpoint.", required=True)
 EXPERTS = flags.DEFINE_integer("experts_per_token", None, "Experts per token, if another number than in training.")
@@ -34,7 +35,7 @@ def main() -> None:
     config = configs.with_experts_per_token(configs.from_config_dict(found.config), EXPERTS.value)
     corpus = data.prepare(config.data)
     model, mesh = LM(config.model), mesh_at_hand(config)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(PROBE, jnp.int32))
     result = evaluate(
         model,
         jax.device_put(found.trees["params"], sharding.shardings(mesh, boxed["params"])),

@@ -5,16 +5,17 @@ Each check raises one line that says what was given, what is needed and what to 
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from moejax import dotted, schema
+from moejax import attention, dotted, schema
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moejax.data import DataConfig
 from moejax.errors import UserError
 from moejax.models.lm import layer_plan
 from moejax.moe import abstract_decision, reads_logits
 from moejax.routing import ExpertChoice, Routing
+from pallas_kernels import grouped_matmul
 
 
 def check(config: Config) -> None:
@@ -50,6 +51,7 @@ def check_model(model: ModelConfig) -> None:
             f"config.model.first_dense_layers={model.first_dense_layers} must lie in 0 … num_layers={model.num_layers}"
         )
     _above_zero("model", model, "rope_theta", "norm_eps", "init_scale")
+    _one_of("model.attention_implementation", model.attention_implementation, attention.IMPLEMENTATIONS)
     layer_plan(model)
 
 
@@ -66,6 +68,7 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
             "a token can choose each expert once"
         )
     _above_zero("model.moe", moe, "capacity_factor", "eval_capacity_factor")
+    _one_of("model.moe.implementation", moe.implementation, grouped_matmul.IMPLEMENTATIONS)
     if mesh is not None and mesh.expert > 1 and moe.num_experts % mesh.expert:
         raise UserError(
             f"config.model.moe.num_experts={moe.num_experts} can't be shared evenly by mesh.expert={mesh.expert} "
@@ -165,6 +168,11 @@ def _check_mesh(mesh: MeshConfig) -> None:
             raise UserError(f"config.mesh.{name}={size} must be at least 1, or -1 for what the other axes leave")
     if list(sizes.values()).count(-1) > 1:
         raise UserError(f"config.mesh: only one axis may be -1, given {sizes}")
+
+
+def _one_of(path: str, value: str | None, options: Iterable[str]) -> None:
+    if value is not None and value not in options:
+        raise UserError(f"config.{path}={value!r} must be one of {', '.join(options)}, or None for the fastest here")
 
 
 def _at_least(lowest: int, path: str, group: object, *names: str) -> None:

@@ -1,10 +1,12 @@
 """The training loop: reads top to bottom."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
 
     model = LM(config.model)
     tx = optimizer.make(config.optimizer)
-    shardings = state_shardings(model, tx, mesh)
+    with implementations_named(config):
+        shardings = state_shardings(model, tx, mesh)
     state = restore(workdir, model, tx, shardings, corpus.content_hash)
     if state is None:
         state = create(model, tx, mesh, config.seed)
@@ -79,7 +82,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         for step in range(start + 1, end + 1):
             batch = to_devices(next(batches), placement)
             if step_fn is None:
-                step_fn = compiled_step(model, tx, config, shardings).lower(state, batch).compile()
+                with implementations_named(config):
+                    step_fn = compiled_step(model, tx, config, shardings).lower(state, batch).compile()
                 writer.say(f"compiled in {time.perf_counter() - clock:.1f} s")
                 clock = time.perf_counter()
             writer.profile(step)
@@ -117,6 +121,24 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         if start >= end:  # nothing left to do: say where the finished run stands
             ended = (evaluation(state) if held_out else {}) | {"tokens_per_second": None}
     return ended | {"step": int(state.step)}
+
+
+@contextlib.contextmanager
+def implementations_named(config: Config) -> Iterator[None]:
+    """A named implementation runs or raises; where the config names one that raises, a UserError has its words."""
+    moe = config.model.moe
+    named = {
+        "model.attention_implementation": config.model.attention_implementation,
+        "model.moe.implementation": None if moe is None else moe.implementation,
+    }
+    try:
+        yield
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        given = ", ".join(f"{field}={value!r}" for field, value in named.items() if value)
+        if not given or isinstance(error, UserError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"with {given} this model does not run here: {reason}; None takes what does") from error
 
 
 def is_due(step: int, every: int) -> bool:

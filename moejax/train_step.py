@@ -46,9 +46,12 @@ class TrainState:
     load: jax.Array | None
 
 
+PROBE = (1, 128)  # B, L of the tokens that parameters are shaped with; TPU attention takes L in multiples of 128
+
+
 def init(model: nn.Module, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    variables = nn.unbox(model.init(key, jnp.zeros((1, 8), jnp.int32)))
+    variables = nn.unbox(model.init(key, jnp.zeros(PROBE, jnp.int32)))
     router_state = variables.get("router_state", {})
     moe = model.config.moe
     return TrainState(
@@ -63,7 +66,7 @@ def init(model: nn.Module, tx: optax.GradientTransformation, key: jax.Array) -> 
 def state_shardings(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
     """A TrainState of NamedShardings: parameters by their logical axes, moments like their parameters."""
     key = jax.random.key(0)
-    boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 8), jnp.int32)), key)
+    boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros(PROBE, jnp.int32)), key)
     of_params = sharding.shardings(mesh, boxed["params"])
     state = jax.eval_shape(functools.partial(init, model, tx), key)
     shapes = jax.tree_util.tree_flatten_with_path(state.params)[0]

@@ -116,6 +116,8 @@ MOE = {"num_experts": 8, "experts_per_token": 2}
         ({"model": {"moe": {**MOE, "router": "moejax.routing:swich"}}}, "did you mean 'switch'"),
         ({"model": {"moe": {**MOE, "router": "no.such:router"}}}, "no.such"),
         ({"model": {"moe": {**MOE, "router_options": {"renormalise": True}}}}, "router_options.renormalize"),
+        ({"model": {"moe": {**MOE, "implementation": "x"}}}, "implementation='x' must be one of reference, blocks"),
+        ({"model": {"attention_implementation": "x"}}, "attention_implementation='x' must be one of plain"),
         ({"model": {"moe": {**MOE, "load_weight": 0.1}}}, "the load loss needs a noisy router"),
         ({"model": {"moe": {**MOE, "bias_update_rate": 0.1}}}, "needs a router with a selection bias"),
         (

@@ -376,6 +376,20 @@ def test_changed_text_is_refused(place, tmp_path):
         go(changed, workdir)
 
 
+@pytest.mark.parametrize("field", ["moe", "attention"])
+def test_an_implementation_that_does_not_run_here_is_one_line(place, tmp_path, field):
+    named = config(place, "aux_free")
+    if field == "moe":  # needs bfloat16, and a GPU
+        moe = dataclasses.replace(named.model.moe, implementation="mosaic_gpu")
+        model = dataclasses.replace(named.model, moe=moe)
+    else:
+        model = dataclasses.replace(named.model, attention_implementation="cudnn")
+    with pytest.raises(UserError, match=r"implementation='(mosaic_gpu|cudnn)' this model does not run here: ") as error:
+        go(dataclasses.replace(named, model=model), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_that_does_not_split_is_refused_before_anything_is_written(place, tmp_path):
     with pytest.raises(UserError, match=r"data\.batch_size=8 must be a multiple of 16: 8 batch shards .* × 2"):
         go(config(place, mesh=MeshConfig(data=8), train={"accumulation_steps": 2}), tmp_path / "run")
