@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from moejax import checkpoint, hf_export, hf_import, hf_tensors
+from moejax import checkpoint, hf_export, hf_import, hf_tensors, schema
 from moejax.errors import UserError
 from moejax.models.family import Family
 
@@ -45,8 +45,7 @@ def convert(
       UserError: as `hf_import.load`; the workdir has checkpoints; the disk is too small.
     """
     source, workdir = Path(source), Path(workdir)
-    family, config, raw = hf_import.read_config(source, families)
-    tensors = hf_import.Source(source, family.ignored)
+    tensors, family, config, raw = hf_import.open_checkpoint(source, families)
     found = hf_import.parameters(tensors, family, config, None if dtype is None else jnp.dtype(dtype))
     shapes = hf_import.check(tensors, family, config)
     root = workdir / "checkpoints"
@@ -67,7 +66,8 @@ def convert(
         for name in beside:
             shutil.copyfile(source / name, workdir / "tokenizer" / name)
         manifest = {
-            "step": 0, "data": {}, "config": {"family": family.name, "hf": raw, "dtype": dtype},
+            "step": 0, "data": {},
+            "config": {"family": family.name, "model": schema.to_dict(config), "hf": raw, "dtype": dtype},
             "trees": sorted({path.partition("/")[0] for path in shapes}), "files": checkpoint._sizes(partial),
         }  # fmt: skip
         with open(partial / checkpoint.MANIFEST, "w", encoding="utf-8") as file:
@@ -136,7 +136,7 @@ class Stored:
             raise UserError(f"{workdir} holds a research LM, which is of no published family")
         self.folder, self.workdir, self.raw = found.path, Path(workdir), found.config["hf"]
         self.family = families[found.config["family"]]
-        self.config = self.family.read_config(self.raw)
+        self.config = schema.parse(self.family.config, found.config["model"])
         self.shapes = {path: leaf.shape for path, leaf in hf_import.abstract(self.family.model(self.config)).items()}
 
     def open(self, path: str) -> Any:

@@ -3,6 +3,7 @@
 Written beside its place and renamed into it, so a folder that is there is whole.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -34,7 +35,7 @@ def export(
 ) -> int:
     """Writes a checkpoint into the new folder `target`; returns its bytes.
 
-    read: path ("params/layer_0/…") -> array, called once for each. dtypes: of each path. raw: the config.json that the
+    read: path ("params/layer_0/…") -> array. dtypes: of each path. raw: the config.json that the
     model came with, written back as it was but for how weights are stored; None: made from `config`. beside: further
     files by name, such as the tokenizer's. One rule's arrays are in memory at a time.
 
@@ -47,6 +48,10 @@ def export(
     shapes = {path: leaf.shape for path, leaf in hf_import.abstract(family.model(config)).items()}
     rules = family.rules(config)
     tensors = hf_tensors.expected(rules, shapes)
+    named = {rule.names[0]: rule for rule in rules}
+    for name, original in family.duplicates(config).items():
+        rules.append(dataclasses.replace(named[original], names=(name,)))
+        tensors[name] = tensors[original]
     names = {name: _dtype_name(dtypes[rule.paths[0]]) for rule in rules for name in rule.names}
     specs = {name: (names[name], tensors[name]) for rule in rules for name in rule.names}
     shards = _split(specs, shard_bytes)
@@ -84,6 +89,8 @@ def config_json(family: Family, config: Any, dtypes: Mapping[str, np.dtype], raw
     most = max(counts, key=lambda name: counts[name])
     if raw is None:
         return family.write_config(config) | {"dtype": most}
+    if family.wrapped and raw.get("text_config"):  # what is written is the text model alone
+        raw = raw["text_config"] | {"architectures": [family.architecture], "model_type": family.name}
     kept = {key: value for key, value in raw.items() if key != "quantization_config"}
     return kept | {("torch_dtype" if "torch_dtype" in kept else "dtype"): most}
 

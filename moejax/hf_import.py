@@ -28,16 +28,19 @@ class Source:
 
     X with X_scale_inv beside it (float8, a scale per 128 × 128 block: DeepSeek-V3) and X_blocks with X_scales (MXFP4:
     gpt-oss) come out as bfloat16 under the name X. `ignored` is a regular expression of names that are left out; how
-    many is in `left_out`.
+    many is in `left_out`. `prefix` is taken off the names that begin with it.
     """
 
-    def __init__(self, folder: Path, ignored: str):
+    def __init__(self, folder: Path, ignored: str, prefix: str = ""):
         self.folder = folder
-        self._shards = safetensors.open_folder(folder)
+        files = safetensors.open_folder(folder)
+        # read under a shorter name, kept under their own in the file
+        self._names = {name.removeprefix(prefix): name for name in files}
+        self._shards = {name: files[full] for name, full in self._names.items()}
         self.shapes: dict[str, Shape] = {}
         self.left_out = 0
         for name, shard in self._shards.items():
-            shape = shard.tensors[name][1]
+            shape = shard.tensors[self._names[name]][1]
             if re.fullmatch(ignored, name):
                 self.left_out += 1
             elif name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in self._shards:
@@ -55,7 +58,7 @@ class Source:
         """The dtype that `read` gives."""
         if name not in self._shards or name + "_scale_inv" in self._shards:
             return np.dtype(ml_dtypes.bfloat16)
-        return np.dtype(safetensors.DTYPES[self._shards[name].tensors[name][0]])
+        return np.dtype(safetensors.DTYPES[self._shards[name].tensors[self._names[name]][0]])
 
     def read(self, name: str) -> np.ndarray:
         """One tensor. UserError where it holds a NaN, or is quantised in a way that isn't known."""
@@ -70,7 +73,7 @@ class Source:
         return tensor
 
     def _raw(self, name: str) -> np.ndarray:
-        tensor = self._shards[name].read(name)
+        tensor = self._shards[name].read(self._names[name])
         if has_nan(tensor):
             raise UserError(f"{self._shards[name].path}: tensor {name} holds a NaN")
         return tensor
@@ -133,14 +136,15 @@ def abstract(model: parts.Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     found = _shapes(outer, key, tokens)
     kinds: dict[bool, dict[str, jax.ShapeDtypeStruct]] = {}
     sparse = getattr(config, "sparse", lambda _: True)
-    for i in range(config.num_hidden_layers):
+    places = {f"layer_{i}": i for i in range(config.num_hidden_layers)} | model.further_blocks(config)
+    for name, i in places.items():
         kind = sparse(i)
         if kind not in kinds:
             x = jnp.zeros((1, 2, config.hidden_size))
             kinds[kind] = _shapes(model.block(config, i, dtype), key, x, parts.Inputs(tokens, tokens, tokens))
         for path, leaf in kinds[kind].items():
             collection, _, rest = path.partition("/")
-            found[f"{collection}/layer_{i}/{rest}"] = leaf
+            found[f"{collection}/{name}/{rest}"] = leaf
     return found
 
 
@@ -156,7 +160,7 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
       UserError: an architecture that isn't known, or a config that the family refuses.
     """
     raw = hf_config.read_json(folder)
-    kinds = {family.architecture: family for family in families.values()}
+    kinds = {name: family for family in families.values() for name in (family.architecture, *family.wrapped)}
     named = raw.get("architectures") or []
     family = next((kinds[name] for name in named if name in kinds), None)
     if not named:
@@ -167,15 +171,22 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
     return family, family.read_config(raw), raw
 
 
+def open_checkpoint(folder: str | Path, families: Mapping[str, Family]) -> tuple[Source, Family, Any, dict[str, Any]]:
+    """(tensors, family, config, config.json) of a folder; the config is the one of the tensors that are there."""
+    family, config, raw = read_config(Path(folder), families)
+    source = Source(Path(folder), family.ignored, family.prefix)
+    return source, family, family.reconcile(config, source.shapes), raw
+
+
 def check(source: Source, family: Family, config: Any) -> dict[str, Shape]:
     """Shape of every parameter by path; UserError unless the source has exactly the tensors that make them up."""
     shapes = {path: leaf.shape for path, leaf in abstract(family.model(config)).items()}
     tensors = hf_tensors.expected(family.rules(config), shapes)
     present = dict(source.shapes)
-    if config.tie_word_embeddings and "lm_head.weight" in present:
-        del present["lm_head.weight"]
-        if not np.array_equal(source.read("lm_head.weight"), source.read("model.embed_tokens.weight")):
-            raise UserError(f"{source.folder}: lm_head.weight differs from the embedding, and config.json ties the two")
+    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+    for name, original in (tied | family.duplicates(config)).items():
+        if present.pop(name, None) and not np.array_equal(source.read(name), source.read(original)):
+            raise UserError(f"{source.folder}: {name} differs from {original}, and the model shares the two")
     hf_tensors.check(str(source.folder), tensors, present)
     return shapes
 
@@ -200,9 +211,8 @@ def parameters(source: Source, family: Family, config: Any, dtype: Any = None) -
 
 def load(folder: str | Path, families: Mapping[str, Family], dtype: Any = jnp.float32) -> tuple[nn.Module, dict]:
     """(model, variables) of a Hugging Face checkpoint; parameters and compute in `dtype`."""
-    folder = Path(folder)
-    family, config, _ = read_config(folder, families)
-    found = parameters(Source(folder, family.ignored), family, config, dtype)
+    source, family, config, _ = open_checkpoint(folder, families)
+    found = parameters(source, family, config, dtype)
     # Copied: a view of the file would follow the file.
     variables = {path: jnp.array(array, copy=True) for path, array in found}
     return family.model(config, dtype=jnp.dtype(dtype)), hf_tensors.unflatten(variables)

@@ -64,8 +64,8 @@ def test_prefill_and_cached_decode_are_the_full_forward_at_every_position(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_import_then_export_gives_the_same_tensors_bit_for_bit(name, tmp_path):
-    family, config, raw = hf_import.read_config(TINY / name, models.FAMILIES)
-    found = dict(hf_import.parameters(hf_import.Source(TINY / name, family.ignored), family, config))
+    source, family, config, raw = hf_import.open_checkpoint(TINY / name, models.FAMILIES)
+    found = dict(hf_import.parameters(source, family, config))
     variables = hf_tensors.unflatten(found)
     total = hf_export.export_variables(tmp_path / "one", family, config, variables, raw=raw)
     before, after = safetensors.open_folder(TINY / name), safetensors.open_folder(tmp_path / "one")
@@ -79,9 +79,9 @@ def test_import_then_export_gives_the_same_tensors_bit_for_bit(name, tmp_path):
     # in several shards, with a config.json of our own: the same model again
     hf_export.export_variables(tmp_path / "many", family, config, variables, shard_bytes=30_000)
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
-    again, same, _ = hf_import.read_config(tmp_path / "many", models.FAMILIES)
+    source, again, same, _ = hf_import.open_checkpoint(tmp_path / "many", models.FAMILIES)
     assert again is family and same == config
-    for path, array in hf_import.parameters(hf_import.Source(tmp_path / "many", family.ignored), family, config):
+    for path, array in hf_import.parameters(source, family, config):
         assert array.tobytes() == found[path].tobytes(), path
 
 

@@ -7,6 +7,7 @@ new = moejax.models.generate(model, variables, prompts, max_new_tokens=20)
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,24 @@ import jax.numpy as jnp
 
 from moejax import hf_import
 from moejax.generate import generate
-from moejax.models import dbrx, deepseek_v2, deepseek_v3, gpt_oss, llama4, mixtral, olmoe, qwen2_moe, qwen3_moe
+from moejax.models import (
+    dbrx,
+    deepseek,
+    deepseek_v2,
+    deepseek_v3,
+    gpt_oss,
+    grok,
+    llama4,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)  # fmt: skip
 from moejax.models.family import Family
 
 __all__ = ["FAMILIES", "Preset", "generate", "load_hf", "presets"]
 
-_MODULES = (mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek_v2, deepseek_v3, gpt_oss, dbrx, llama4)
+_MODULES = (mixtral, olmoe, qwen2_moe, qwen3_moe, deepseek, deepseek_v2, deepseek_v3, gpt_oss, dbrx, llama4, grok)
 FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
 
@@ -39,7 +52,8 @@ class Preset:
     """A published size, counted from an abstract tree.
 
     total, active: parameters, and those that a token uses: K of E experts, everything else. embedding: the input
-    table's part of both, 0 where it is tied. Selection biases are state, and not counted.
+    table's part of both, 0 where it is tied. Selection biases are state, and not counted; nor are the modules that
+    predict further tokens.
     """
 
     name: str
@@ -60,7 +74,7 @@ def presets() -> list[Preset]:
 
 def count(name: str, family: Family, config: Any) -> Preset:
     """The sizes of one config."""
-    leaves = {p: leaf for p, leaf in hf_import.abstract(family.model(config)).items() if p.startswith("params/")}
+    leaves = {p: leaf for p, leaf in hf_import.abstract(family.model(config)).items() if re.match("params/(?!mtp_)", p)}
     used, all_experts = family.experts(config)
     total = active = 0
     for path, leaf in leaves.items():

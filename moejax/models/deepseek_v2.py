@@ -93,11 +93,12 @@ class DeepseekV2(parts.Decoder):
     block = Block
 
 
-def block_rules(config: Any, layer: int, biased_selection: bool) -> list[hf_tensors.Rule]:
-    """The tensors of one layer, of V2 and of V3."""
-    ours, theirs = f"params/layer_{layer}", f"model.layers.{layer}"
+def block_rules(config: Any, layer: int, biased_selection: bool, name: str | None = None) -> list[hf_tensors.Rule]:
+    """The tensors of one layer, of V2 and of V3; `name`: ours of the block, where it isn't layer_…"""
+    name = name or f"layer_{layer}"
+    ours, theirs = f"params/{name}", f"model.layers.{layer}"
     mine, its = f"{ours}/attention", f"{theirs}.self_attn"
-    found = family.norm_rules(layer)
+    found = family.norm_rules(layer, ours)
     downs = {"latent_down": "kv_a_proj_with_mqa"}
     found += [hf_tensors.copy(f"{mine}/latent_norm/scale", f"{its}.kv_a_layernorm.weight")]
     found += [hf_tensors.linear(f"{mine}/latent_up", f"{its}.kv_b_proj.weight")]
@@ -116,7 +117,7 @@ def block_rules(config: Any, layer: int, biased_selection: bool) -> list[hf_tens
         return found + family.ffn_rules(f"{ours}/ffn", f"{theirs}.mlp")
     found += [hf_tensors.linear(f"{ours}/moe/router", f"{theirs}.mlp.gate.weight")]
     if biased_selection:
-        state = f"router_state/layer_{layer}/moe/bias"
+        state = f"router_state/{name}/moe/bias"
         found += [hf_tensors.copy(state, f"{theirs}.mlp.gate.e_score_correction_bias")]
     found += family.expert_rules(f"{ours}/moe", f"{theirs}.mlp.experts", config.n_routed_experts)
     if config.n_shared_experts:

@@ -1,9 +1,16 @@
 """DeepSeek-V3, R1 (2024) and Kimi K2 (2025): latent attention, sigmoid scores with a selection bias inside groups."""
 
 import dataclasses
+import functools
+from collections.abc import Collection
 from typing import Any
 
-from moejax import hf_tensors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from moejax import hf_tensors, layers
 from moejax.config import MoEConfig
 from moejax.models import deepseek_v2, family, parts
 from moejax.rope import Rope
@@ -59,15 +66,84 @@ class DeepseekV3Config:
         )  # fmt: skip
 
 
+class NextToken(nn.Module):
+    """A multi-token-prediction module (DeepSeek-V3 2024, §2.2, eq. 21-23): from the hidden states h (B, L, D) of the
+    depth before and the embeddings of the tokens ahead (B, L, D), the hidden states of this depth."""
+
+    config: DeepseekV3Config
+    depth: int
+    implementation: str | None
+
+    @nn.compact
+    def __call__(self, h, ahead, inputs: parts.Inputs):
+        config = self.config
+        norm = functools.partial(layers.RMSNorm, config.rms_norm_eps)
+        joined = jnp.concatenate([norm(name="token_norm")(ahead), norm(name="hidden_norm")(h)], axis=-1)
+        shape = (2 * config.hidden_size, config.hidden_size)
+        joined = layers.linear(joined, layers.parameter(self, "joint", parts.INIT, shape, ("embed", "norm")))
+        index = config.num_hidden_layers + self.depth
+        block = deepseek_v2.Block(config, index, h.dtype, self.implementation, name="block")
+        return norm(name="norm")(block(joined, inputs)[0])
+
+
 class DeepseekV3(parts.Decoder):
-    __doc__ = parts.Decoder.__doc__
+    """As `parts.Decoder`. With multi-token-prediction modules, `return_losses=True` adds `mtp_loss`: the mean over the
+    depths k = 1, 2 … of the mean cross-entropy (nats) of the token k + 1 places on. The modules do nothing else."""
+
     block = deepseek_v2.Block
+
+    @staticmethod
+    def further_blocks(config):
+        last = config.num_hidden_layers
+        return {f"mtp_{k}/block": last + k for k in range(config.num_nextn_predict_layers)}
+
+    def further_losses(self, x, inputs, table, kernel):
+        nats = []
+        for k in range(self.config.num_nextn_predict_layers):
+            ahead = jnp.take(table, _shifted(inputs.tokens, k + 1), axis=0).astype(x.dtype)
+            x = NextToken(self.config, k, self.implementation, name=f"mtp_{k}")(x, ahead, inputs)
+            logits = layers.linear(x, kernel, jnp.float32)
+            targets = _shifted(inputs.tokens, k + 2)
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            counted = inputs.mask & (_shifted(inputs.segment_ids, k + 2) == inputs.segment_ids)
+            nats.append(jnp.sum(jnp.where(counted, each, 0.0)) / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0))
+        return {"mtp_loss": jnp.mean(jnp.stack(nats))} if nats else {}
+
+
+def _shifted(a: jax.Array, steps: int) -> jax.Array:
+    """a (B, L) int of `steps` places further on, 0 past the end."""
+    return jnp.pad(a, [(0, 0), (0, steps)])[:, steps:]
 
 
 def rules(config: DeepseekV3Config) -> list[hf_tensors.Rule]:
     found = family.outer_rules(config)
     for i in range(config.num_hidden_layers):
         found += deepseek_v2.block_rules(config, i, biased_selection=True)
+    for name, i in DeepseekV3.further_blocks(config).items():
+        ours, theirs = f"params/{name.removesuffix('/block')}", f"model.layers.{i}"
+        found += deepseek_v2.block_rules(config, i, biased_selection=True, name=name)
+        found += [hf_tensors.copy(f"{ours}/token_norm/scale", f"{theirs}.enorm.weight")]
+        found += [hf_tensors.copy(f"{ours}/hidden_norm/scale", f"{theirs}.hnorm.weight")]
+        found += [hf_tensors.copy(f"{ours}/norm/scale", f"{theirs}.shared_head.norm.weight")]
+        found += [hf_tensors.linear(f"{ours}/joint", f"{theirs}.eh_proj.weight")]
+    return found
+
+
+def reconcile(config: DeepseekV3Config, names: Collection[str]) -> DeepseekV3Config:
+    """Without prediction modules where the checkpoint has none, whatever config.json says."""
+    extra = (f"model.layers.{i}." for i in DeepseekV3.further_blocks(config).values())
+    if any(name.startswith(prefix) for prefix in extra for name in names):
+        return config
+    return dataclasses.replace(config, num_nextn_predict_layers=0)
+
+
+def duplicates(config: DeepseekV3Config) -> dict[str, str]:
+    """Prediction modules share the embedding and the unembedding, and published files repeat them."""
+    found = {}
+    for i in DeepseekV3.further_blocks(config).values():
+        found[f"model.layers.{i}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        if not config.tie_word_embeddings:
+            found[f"model.layers.{i}.shared_head.head.weight"] = "lm_head.weight"
     return found
 
 
@@ -104,4 +180,6 @@ FAMILY = family.Family(
     },
     harmless=frozenset({"aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size"}),
     read=read,
+    reconcile=reconcile,
+    duplicates=duplicates,
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """What a published family declares beside its model, and the tensor names that most families share."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from moejax import hf_config, hf_tensors
@@ -15,8 +15,10 @@ class Family:
 
     name: its `model_type`. architecture: transformers' class. config: the dataclass of its config.json. rules: the
     tensors of a config's parameters. presets: published sizes by name. aliases, fixed, harmless: see `hf_config.parse`.
-    ignored: a regular expression of tensor names that hold no parameter. Where config.json nests, `read` turns it into
-    the flat form that `config` has, and `write` turns it back.
+    ignored: a regular expression of tensor names that hold no parameter. wrapped: architectures that hold this one
+    inside, its tensors under `prefix`. reconcile: the config for the tensors that are there, where some may be absent.
+    duplicates: tensors that repeat another, by name. Where config.json nests, `read` turns it into the flat form that
+    `config` has, and `write` turns it back.
     """
 
     name: str
@@ -29,6 +31,10 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     ignored: str = r".*rotary_emb\.inv_freq"
+    wrapped: tuple[str, ...] = ()
+    prefix: str = ""
+    reconcile: Callable[[Any, Collection[str]], Any] = lambda config, names: config
+    duplicates: Callable[[Any], dict[str, str]] = lambda config: {}
     read: Callable[[dict[str, Any]], dict[str, Any]] = dict
     write: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
@@ -61,9 +67,9 @@ def outer_rules(config: Any) -> list[Rule]:
     return rules
 
 
-def norm_rules(layer: int) -> list[Rule]:
-    """The two norms of a pre-norm block."""
-    ours, theirs = f"params/layer_{layer}", f"model.layers.{layer}"
+def norm_rules(layer: int, ours: str | None = None) -> list[Rule]:
+    """The two norms of a pre-norm block; `ours` where it isn't params/layer_…"""
+    ours, theirs = ours or f"params/layer_{layer}", f"model.layers.{layer}"
     return [
         hf_tensors.copy(f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"),
         hf_tensors.copy(f"{ours}/ffn_norm/scale", f"{theirs}.post_attention_layernorm.weight"),

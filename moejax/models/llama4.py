@@ -161,8 +161,11 @@ def rules(config: Llama4Config) -> list[hf_tensors.Rule]:
 
 
 def read(raw: dict[str, Any]) -> dict[str, Any]:
-    """`text_config` where there is one."""
-    return dict(raw.get("text_config") or raw)
+    """`text_config` where there is one; a temperature switch that early files give as a number."""
+    raw = dict(raw.get("text_config") or raw)
+    if "attn_temperature_tuning" in raw:
+        raw["attn_temperature_tuning"] = bool(raw["attn_temperature_tuning"])
+    return raw
 
 
 _SCOUT = Llama4Config(
@@ -185,6 +188,9 @@ FAMILY = family.Family(
     },
     aliases={"num_experts": "num_local_experts"},
     fixed={"hidden_act": ("silu",)},
-    harmless=frozenset({"for_llm_compressor"}),
+    harmless=frozenset({"for_llm_compressor", "cache_implementation", "_attn_implementation_autoset"}),
+    ignored=r".*rotary_emb\.inv_freq|(model\.)?(vision_model|multi_modal_projector)\..*",
+    wrapped=("Llama4ForConditionalGeneration",),
+    prefix="language_model.",
     read=read,
 )  # fmt: skip

@@ -198,10 +198,14 @@ class Decoder(nn.Module):
             layer = block(self.config, i, jnp.dtype(self.dtype), self.implementation, name=f"layer_{i}")
             x, found = layer(x, inputs)
             losses += [found] if found else []
-        logits = self.unembed(self.final_norm()(x), table)
-        if return_losses:
-            return logits, {name: jnp.mean(jnp.stack([one[name] for one in losses])) for name in (losses or [{}])[0]}
-        return logits
+        x, kernel = self.final_norm()(x), self.head(table)
+        with jax.named_scope("head"):
+            logits = self.scale_logits(layers.linear(x, kernel, jnp.float32))
+        if not return_losses and not self.is_initializing():
+            return logits
+        means = {name: jnp.mean(jnp.stack([one[name] for one in losses])) for name in (losses or [{}])[0]}
+        means |= self.further_losses(x, inputs, table, kernel)
+        return (logits, means) if return_losses else logits
 
     def scale_embedding(self, x: jax.Array) -> jax.Array:
         return x
@@ -209,11 +213,21 @@ class Decoder(nn.Module):
     def final_norm(self) -> nn.Module:
         return layers.RMSNorm(self.config.rms_norm_eps, name="final_norm")
 
-    def unembed(self, x: jax.Array, table: jax.Array) -> jax.Array:
-        """float32 logits (B, L, V) from x (B, L, D), by the embedding (V, D) where it is tied."""
-        with jax.named_scope("head"):
-            if self.config.tie_word_embeddings:
-                return layers.linear(x, table.T, jnp.float32)
-            shape = (self.config.hidden_size, self.config.vocab_size)
-            kernel = layers.parameter(self, "unembedding", INIT, shape, ("embed", "vocab"))
-            return layers.linear(x, kernel, jnp.float32)
+    def scale_logits(self, logits: jax.Array) -> jax.Array:
+        return logits
+
+    def head(self, table: jax.Array) -> jax.Array:
+        """The unembedding (D, V): the embedding (V, D) turned where it is tied."""
+        if self.config.tie_word_embeddings:
+            return table.T
+        shape = (self.config.hidden_size, self.config.vocab_size)
+        return layers.parameter(self, "unembedding", INIT, shape, ("embed", "vocab"))
+
+    def further_losses(self, x, inputs: Inputs, table, kernel) -> dict[str, jax.Array]:
+        """Losses beside the MoE layers', from the last hidden states x (B, L, D), the embedding and the unembedding."""
+        return {}
+
+    @staticmethod
+    def further_blocks(config: Any) -> dict[str, int]:
+        """Path of each block that stands outside `layer_0` …, and the index it is made with."""
+        return {}
