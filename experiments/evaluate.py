@@ -9,6 +9,7 @@ With --json the last line is one JSON object with step, loss (nats per target), 
 import dataclasses
 import json
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,9 @@ def main() -> None:
         raise UserError(f"--workdir={WORKDIR.value}: there is no checkpoint; train first with experiments/train.py")
     config = configs.with_experts_per_token(configs.from_config_dict(found.config), EXPERTS.value)
     corpus = data.prepare(config.data)
+    if corpus.content_hash != found.data["content_hash"]:
+        print("warning: the text is not the one that the run was trained on: what is held out of it may have been seen",
+              file=sys.stderr)  # fmt: skip
     model, mesh = LM(config.model), mesh_at_hand(config)
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(PROBE, jnp.int32))
     result = evaluate(

@@ -88,6 +88,16 @@ class Checkpointer:
         except OSError as error:
             self._give_up(error)
 
+    @property
+    def newest(self) -> str:
+        """The newest checkpoint in words, for the line with which a run stops."""
+        return "there is no checkpoint yet" if not self._known else f"the checkpoint of step {self._known} is kept"
+
+    def saved(self, step: int) -> bool:
+        """Whether the checkpoint of `step` stands, after waiting for the save under way."""
+        self.wait()
+        return self._known == step
+
     def wait(self) -> bool:
         """Waits for the save under way; False if it failed (a warning line says so)."""
         if self._pending is None:

@@ -10,13 +10,14 @@ The jsonl files are append-only. After a resume each step is there once: `cut_af
 seen, and the half line that a kill may leave.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,14 @@ class Writer:
         peak = environment.peak_flops(jax.devices()[0].device_kind)
         self._mfu_per_rate = None if peak is None else counts.train_flops_per_token / (peak * devices)
         if self.main:
-            self.workdir.mkdir(parents=True, exist_ok=True)
+            with _writing(self.workdir):
+                self.workdir.mkdir(parents=True, exist_ok=True)
             write_whole(self.workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
             _append(self.workdir / "environment.jsonl", environment.record())
+
+    def has_lines(self) -> bool:
+        """Whether an earlier call logged anything."""
+        return self.main and (self.workdir / METRICS).is_file() and any(read_lines(self.workdir / METRICS))
 
     def cut_after(self, step: int) -> None:
         """The run continues after `step`: later lines and half lines go, and the progress begins there."""
@@ -188,6 +194,8 @@ def read_config(workdir: str | os.PathLike[str]) -> Config | None:
     if path.is_file():
         try:
             return from_config_dict(json.loads(path.read_text(encoding="utf-8")))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not whole ({error}); restore it or give another --workdir") from error
     stored = checkpoint.read_config(workdir)
@@ -228,13 +236,23 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}): free its disk, and the same command continues; "
+                        "or name another folder") from error  # fmt: skip
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Writes beside the file and renames, so that a kill leaves the old text or the new."""
+    """Writes beside the file and renames, so that a kill leaves the old text or the new. UserError where it can't."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with _writing(path):
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
-    with open(path, "a", encoding="utf-8") as file:
+    with _writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")

@@ -64,12 +64,15 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints, start=start)
     interrupt = interrupts.Interrupts(tell=progress, on=jax.process_count() == 1)
     with jax.set_mesh(mesh), writer, saver, interrupt:
+        again = start == 0 and writer.has_lines()
         writer.cut_after(start)
         writer.say(f"data: {corpus.description}")
         writer.say(f"model: {accounting.describe(config.model, config.data.sequence_length)}; mesh {dict(mesh.shape)}")
         if start:
             writer.say(f"continuing from the checkpoint of step {start}" if start < end else
                        f"already at step {start} of {end}: nothing left to train")  # fmt: skip
+        if again:
+            writer.say(f"there is no checkpoint in {workdir}: the run begins again at step 1")
         placement = sharding.batch_sharding(mesh)
         batches = data.train_iterator(corpus, config.data, config.seed, start_step=start)
         evaluation = functools.partial(_evaluate, model, corpus, config, mesh)
@@ -114,10 +117,12 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
                 if save_now:
                     save(saver, state, config, corpus)
                 if stopping:
-                    if saver.wait():  # otherwise a warning has said so
+                    if saver.saved(step):  # otherwise a warning has said so
                         writer.say(f"{interrupt.name}: step {step} is saved; the same command continues from there")
                     interrupt.end()
                 clock += time.perf_counter() - pause
+        if start < end and not saver.saved(end):
+            raise UserError(f"step {end} is not saved; {saver.newest}: free the disk, and the same command continues")
         if start >= end:  # nothing left to do: say where the finished run stands
             ended = (evaluation(state) if held_out else {}) | {"tokens_per_second": None}
     return ended | {"step": int(state.step)}
@@ -240,7 +245,7 @@ def check_finite(step: int, values: dict[str, jax.Array] | None, saver: checkpoi
     saver.wait()
     raise UserError(
         f"step {step}: the loss is {float(values['total_loss'])}, the gradient norm {float(values['grad_norm'])}: "
-        "stopped; the checkpoint before it is kept. Lower optimizer.learning_rate or clip_norm, or raise warmup_steps"
+        f"stopped; {saver.newest}. Lower optimizer.learning_rate or clip_norm, or raise warmup_steps"
     )
 
 
@@ -259,8 +264,8 @@ def check_state(state: TrainState, saver: checkpoint.Checkpointer) -> None:
         return
     saver.wait()
     raise UserError(
-        f"step {int(state.step)}: its update left parameters or optimizer state that are not finite: stopped; the "
-        "checkpoint before it is kept. Lower optimizer.learning_rate or clip_norm, or raise warmup_steps"
+        f"step {int(state.step)}: its update left parameters or optimizer state that are not finite: stopped; "
+        f"{saver.newest}. Lower optimizer.learning_rate or clip_norm, or raise warmup_steps"
     )
 
 

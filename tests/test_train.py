@@ -249,23 +249,67 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(place, tmp_path, capl
     assert_same_run(workdir, undisturbed(place, "dense"))
 
 
-def test_a_full_disk_while_saving_costs_that_checkpoint_alone(place, tmp_path, caplog, monkeypatch):
-    """The disk is full while the manifest of step 4 is written, the last moment before the checkpoint would count."""
-    fsync, calls = os.fsync, []
+def full_disk(step):
+    """os.fsync on a disk that has no room for the checkpoint of `step`."""
+    fsync = os.fsync
 
     def full(descriptor):
-        calls.append(descriptor)
-        if len(calls) == 1:
+        if f"/{step}." in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(28, "No space left on device")
         return fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", full)
+    return full
+
+
+def test_a_full_disk_while_saving_costs_that_checkpoint_alone(place, tmp_path, caplog, monkeypatch):
+    """The disk is full while the manifest of step 4 is written, the last moment before the checkpoint would count."""
+    monkeypatch.setattr(os, "fsync", full_disk(4))
     with caplog.at_level(logging.WARNING, logger="moejax"):
         result = go(config(place), tmp_path / "run")
     (record,) = caplog.records
     assert record.message.startswith("checkpoint of step 4 was not written (no space left on the disk)")
     assert result["step"] == STEPS
     assert_same_run(tmp_path / "run", undisturbed(place, "dense"))
+
+
+def test_a_full_disk_at_the_end_is_an_error_and_the_next_call_makes_it_up(place, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk(10))
+        with pytest.raises(UserError, match="step 10 is not saved; the checkpoint of step 8 is kept: free"):
+            go(config(place), tmp_path / "run")
+    assert "checkpoint of step 10 was not written" in caplog.text
+    go(config(place), tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed(place, "dense"))
+
+
+def test_a_full_disk_under_the_metrics_stops_the_run_in_one_line(place, tmp_path, monkeypatch):
+    append = metrics._append
+
+    def full(path, values):
+        if path.name == "metrics.jsonl" and values["step"] == 9:
+            path = tmp_path / "run" / "full"
+            path.symlink_to("/dev/full")
+        append(path, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "_append", full)
+        with pytest.raises(UserError, match=r"full can't be written \(No space left on device\): free its disk"):
+            go(config(place), tmp_path / "run")
+    assert newest(tmp_path / "run").name == "8"
+    go(config(place), tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed(place, "dense"))
+
+
+def test_a_workdir_that_cannot_be_written_and_one_whose_config_cannot_be_read(place, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"/proc/none can't be written"):
+        go(config(place), "/proc/none")
+    workdir = copy(interrupted(place, "dense"), tmp_path)
+    shutil.rmtree(workdir / "checkpoints")
+    train.run(config(place, train={"steps": 1}), workdir)
+    assert "there is no checkpoint in" in capsys.readouterr().err
+    (workdir / "config.json").write_text('{"modle": {}}')
+    with pytest.raises(UserError, match=r"config\.json: config\.modle does not exist; the nearest is config\.model"):
+        go(config(place), workdir)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(place, tmp_path):
