@@ -9,7 +9,7 @@ from moejax.hf_tensors import Rule
 from moejax.models.parts import Decoder
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """One published architecture.
 
