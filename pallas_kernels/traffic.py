@@ -1,10 +1,19 @@
-"""How many bytes a Pallas TPU kernel moves between memory and the chip, from its own grid and index maps."""
+"""How many bytes a Pallas TPU kernel moves between memory and the chip, from its own grid and index maps.
 
-import math
+python -m pallas_kernels.traffic   prints them for the named shapes and sizes (uniform, Dirichlet, Zipf, …).
+"""
+
+import itertools
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.grouped_matmul import group_metadata, tpu_blocks
+from pallas_kernels.shapes import DECODE, SIZES, TRAINING, group_sizes
+
+NAMED = TRAINING | DECODE
 
 
 def bytes_moved(steps: int, spec, array, *scalars) -> int:
@@ -33,4 +42,43 @@ def least_bytes(op: str, group_sizes, M: int, K: int, N: int, itemsize: int = 2)
     rows, used, E = int(sizes.sum()), int(np.count_nonzero(sizes)), len(sizes)
     if op == "drhs":
         return itemsize * (rows * (K + N) + E * K * N)
-    return itemsize * (math.prod((rows, K)) + used * K * N + M * N)
+    return itemsize * (rows * K + used * K * N + M * N)
+
+
+def grouped_matmul_bytes(op: str, M: int, K: int, N: int, sizes, vmem: int, tiling=None, itemsize: int = 2) -> int:
+    """Bytes that `mosaic_tpu` moves for one product of `grouped_matmul`, on a chip with vmem bytes of VMEM.
+
+    op as for least_bytes, of the forward shapes (M, K) × (E, K, N); sizes (E,).
+    """
+    dtype, E = {2: jnp.bfloat16, 4: jnp.float32}[itemsize], len(sizes)
+    metadata = group_metadata(jnp.asarray(sizes, jnp.int32), M)
+    if op == "drhs":
+        tiling = tiling or tpu_blocks.drhs_tiling(M, E, K, N, itemsize, vmem)
+        table, visits = tpu_blocks.row_visits(metadata, M, tiling, gradient=True)
+        inputs, out = tpu_blocks.drhs_specs(tiling, K, N)
+        shapes, columns = [(M, min(K, N)), (M, max(K, N)), (E, K, N)], pl.cdiv(max(K, N), tiling.width)
+    else:
+        K, N = (N, K) if op == "dlhs" else (K, N)
+        tiling = tiling or tpu_blocks.forward_tiling(M, E, K, N, itemsize, itemsize, vmem)
+        table, visits = tpu_blocks.row_visits(metadata, M, tiling)
+        inputs, out = tpu_blocks.forward_specs(tiling, K, N, transpose_rhs=False)
+        shapes, columns = [(M, K), (E, K, N), (M, N)], pl.cdiv(K if tiling.deep else N, tiling.width)
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    moved = [bytes_moved(int(visits) * columns, *pair, table) for pair in zip([*inputs, out], arrays, strict=True)]
+    return sum(moved)
+
+
+def main() -> None:
+    """Prints, for VMEM of 64 and 128 MiB, each named product's bytes as a multiple of the least."""
+    for mib, (name, shape), part in itertools.product((64, 128), NAMED.items(), ("up", "down")):
+        M, E, K, N = shape.product(part)
+        for op in ("forward", "dlhs", "drhs"):
+            ratios = []
+            for kind in SIZES:
+                sizes = group_sizes(kind, M, E)
+                ratios.append(grouped_matmul_bytes(op, M, K, N, sizes, mib << 20) / least_bytes(op, sizes, M, K, N))
+            print(f"{mib} MiB {name} {part} {op}: " + " ".join(f"{ratio:.3f}" for ratio in ratios), flush=True)
+
+
+if __name__ == "__main__":
+    main()
