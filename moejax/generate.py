@@ -40,10 +40,10 @@ def _advance(model, variables, cache, tokens, positions, lengths, key, *, cache_
         real.astype(jnp.int32),
         mode="generate",
         cache_length=cache_length,
+        logits_at=lengths - 1,  # the vocabulary is as wide as a layer: not for every token of a prompt
         mutable=["cache"],
     )
-    last = jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return sample(last, key, temperature, top_p), {"cache": updated["cache"]}
+    return sample(logits[:, 0], key, temperature, top_p), {"cache": updated["cache"]}
 
 
 def generate(

@@ -53,7 +53,8 @@ class RMSNorm(nn.Module):
         scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], ("norm",))
         wide = x.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        return (wide * inverse * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))  # it may be stored in less
+        return (wide * inverse * scale).astype(x.dtype)
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:

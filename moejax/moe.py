@@ -127,7 +127,7 @@ class MoE(nn.Module):
         def score(name, init):
             shape, axes = (x.shape[-1], config.num_experts), ("embed", "router_experts")
             kernel = layers.parameter(self, name, init, shape, axes)
-            return jnp.einsum("bld,de->ble", inputs, kernel, precision=lax.Precision.HIGHEST)
+            return jnp.einsum("bld,de->ble", inputs, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
         if reads_logits(router):
             logits = score("router", layers.fan_in_init(0, 1, self.init_scale))

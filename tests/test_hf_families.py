@@ -62,6 +62,17 @@ def test_prefill_and_cached_decode_are_the_full_forward_at_every_position(name):
         close(logits[:, 0], np.take_along_axis(full, at[..., None], axis=1)[:, 0])
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe"])
+def test_bfloat16_is_close(name):
+    """Parameters and compute in bfloat16, 8 bits of mantissa: a router may choose otherwise, most logits are near."""
+    model, variables = models.load_hf(TINY / name, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables["params"])} == {jnp.dtype(jnp.bfloat16)}
+    logits = jax.jit(model.apply)(variables, loaded(name)[2])
+    assert logits.dtype == jnp.float32
+    gap = np.abs(np.asarray(logits) - loaded(name)[4]) / np.std(loaded(name)[4])
+    assert np.median(gap) < 0.03 and gap.max() < 1.5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_import_then_export_gives_the_same_tensors_bit_for_bit(name, tmp_path):
     source, family, config, raw = hf_import.open_checkpoint(TINY / name, models.FAMILIES)

@@ -75,14 +75,22 @@ class LM(nn.Module):
     positions (B, L) default to 0 … L − 1; segment_ids (B, L), 0 where padded, default to one segment. With
     `return_losses=True` also the unweighted losses of the MoE layers, each the mean over layers: {} for a dense
     model. `mode` "train" uses noise (rng `routing`) and the training capacity, "evaluate" is deterministic, "generate"
-    never drops. `cache_length` M > 0 reads and writes keys and values in the collection `cache`.
+    never drops. `cache_length` M > 0 reads and writes keys and values in the collection `cache`. `logits_at` (B,) int
+    asks for the logits (B, 1, V) of one place of each row alone.
     """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, tokens, positions=None, segment_ids=None, return_losses=False, mode: Mode = "evaluate", cache_length=0
+        self,
+        tokens,
+        positions=None,
+        segment_ids=None,
+        return_losses=False,
+        mode: Mode = "evaluate",
+        cache_length=0,
+        logits_at=None,
     ):
         config = self.config
         if config.vocab_size is None:
@@ -108,6 +116,8 @@ class LM(nn.Module):
                 period = self._stack(Period, periods)(config, mode, cache_length, name="layers")
             x, losses = period(x, *inputs)
         x = layers.RMSNorm(config.norm_eps, name="final_norm")(x)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
         with jax.named_scope("head"):
             if config.tie_embeddings:
                 logits = embedding.attend(x)

@@ -166,7 +166,8 @@ class Decoder(nn.Module):
     `apply(variables, tokens, positions=None, segment_ids=None)` gives float32 logits (B, L, V) for tokens (B, L) int;
     positions default to 0 … L − 1, segment_ids (0 where padded) to one segment. With `return_losses=True` also the
     unweighted losses of the MoE layers, each the mean over layers. `cache_length` M > 0 reads and writes the collection
-    `cache`. A family sets `block`, and overrides what it has of its own.
+    `cache`; `logits_at` (B,) int asks for the logits (B, 1, V) of one place of each row alone. A family sets `block`,
+    and overrides what it has of its own.
 
     config: the family's. dtype: of the compute; parameters are float32 unless loaded otherwise. remat: recompute each
     layer in the backward pass.
@@ -181,7 +182,14 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens, positions=None, segment_ids=None, return_losses=False, mode: Mode = "evaluate", cache_length=0
+        self,
+        tokens,
+        positions=None,
+        segment_ids=None,
+        return_losses=False,
+        mode: Mode = "evaluate",
+        cache_length=0,
+        logits_at=None,
     ):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -200,7 +208,8 @@ class Decoder(nn.Module):
             losses += [found] if found else []
         x, kernel = self.final_norm()(x), self.head(table)
         with jax.named_scope("head"):
-            logits = self.scale_logits(layers.linear(x, kernel, jnp.float32))
+            wanted = x if logits_at is None else jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
+            logits = self.scale_logits(layers.linear(wanted, kernel, jnp.float32))
         if not return_losses and not self.is_initializing():
             return logits
         means = {name: jnp.mean(jnp.stack([one[name] for one in losses])) for name in (losses or [{}])[0]}
