@@ -28,6 +28,10 @@ MANIFEST = "checkpoint.json"
 _log = logging.getLogger(__name__)
 # orbax logs its life's story, tracebacks included, through absl; what matters is raised, and told here in one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+# Of several reads or writes that fail together one is raised; asyncio would tell of the others with a traceback each.
+logging.getLogger("asyncio").addFilter(
+    lambda record: "never retrieved" not in record.getMessage() or "OCDBT" not in record.getMessage()
+)
 _ORBAX_OWN = ("_CHECKPOINT_METADATA", "commit_success.txt")  # rewritten after the manifest, never needed
 
 
@@ -249,7 +253,10 @@ def _check_shapes(path: Path, targets: Mapping[str, PyTree]) -> None:
     if not jax.tree.leaves(targets.get("params")) or not (path / "params" / "_METADATA").is_file():
         return
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        stored = _shapes(reader.metadata(path / "params").item_metadata.tree)
+        found = reader.metadata(path / "params").item_metadata
+    if found is None:
+        raise ValueError("the metadata of params can't be read")
+    stored = _shapes(found.tree)
     wanted = _shapes(targets["params"])
     for name in sorted(stored.keys() | wanted.keys()):
         if stored.get(name) != wanted.get(name):

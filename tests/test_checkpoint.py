@@ -162,7 +162,8 @@ def test_what_rots_and_keeps_its_size_is_gone_past_and_replaced(written, tmp_pat
     with caplog.at_level(logging.WARNING):
         found = checkpoint.restore(tmp_path / "run", abstract(state(0)))
     assert found.step == 3
-    assert "checkpoints/4 is damaged" in caplog.records[0].message
+    (record,) = caplog.records
+    assert "checkpoints/4 is damaged" in record.message and "\n" not in record.message
     with checkpoint.Checkpointer(tmp_path / "run", keep=2, start=found.step) as saver:
         saver.save(again, state(again), data=DATA, config=CONFIG)
     # whether the run saves at that step again or not, the rotten one is no checkpoint any more, nor one of the two kept
@@ -224,6 +225,14 @@ def test_another_models_checkpoint_names_the_parameter(written):
     target = {"params": {"layers": {"up": jax.ShapeDtypeStruct((4, 64, 33), jnp.float32)}, "scale": np.ones(8)}}
     with pytest.raises(UserError, match=r"layers/up is \(4, 64, 32\) there, \(4, 64, 33\) in this config"):
         checkpoint.restore(written, target)
+
+
+def test_asyncios_tracebacks_of_failed_writes_are_left_out_and_others_kept(caplog):
+    logger = logging.getLogger("asyncio")
+    logger.error("Task exception was never retrieved\nfuture: <Task exception=ValueError('Error writing in OCDBT')>")
+    logger.error("Task exception was never retrieved\nfuture: <Task exception=ValueError('of someone else')>")
+    (record,) = caplog.records
+    assert "someone else" in record.message
 
 
 def test_a_failed_save_is_one_line_and_costs_nothing_older(tmp_path, caplog, monkeypatch):
