@@ -127,6 +127,10 @@ TOTALS = {
 
 def test_presets_have_the_published_sizes_and_every_tensor_a_name():
     sizes = {preset.name: preset for preset in models.presets()}
+    for family in models.FAMILIES.values():
+        for config in family.presets.values():
+            shapes = {path: leaf.shape for path, leaf in hf_import.abstract(family.model(config)).items()}
+            assert hf_tensors.expected(family.rules(config), shapes)  # it asserts that each parameter has its tensors
     assert {name: sizes[name].total for name in TOTALS} == TOTALS
     # published: 12.9B active of Mixtral 8x7B, 1.3B of OLMoE, 37B of DeepSeek-V3, 5.1B of gpt-oss-120b
     rounded = {name: round(sizes[name].active / 1e9, 1) for name in ("mixtral-8x7b", "olmoe-1b-7b", "gpt-oss-120b")}
