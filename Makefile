@@ -1,15 +1,15 @@
-# make demo | test | quick | lint | types.  Each makes what it needs; a second call skips what is done.
+# make demo | test | test-tpu | quick | lint | types.  Each makes what it needs; a second call skips what is done.
 # ACCELERATOR=cuda13 or tpu installs that build of jax.
 ACCELERATOR ?= cpu
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
 
-.PHONY: demo test quick lint types setup clean
+.PHONY: demo test test-tpu quick lint types setup clean
 setup: $(STAMP)
 
-$(STAMP): requirements.txt pyproject.toml tools/make_venv.sh
-	@sh tools/make_venv.sh $(VENV) $(ACCELERATOR)
+$(VENV)/.installed-%: requirements.txt pyproject.toml tools/make_venv.sh
+	@sh tools/make_venv.sh $(VENV) $*
 	@touch $@
 
 demo: $(STAMP)
@@ -17,6 +17,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu and not tpu"
+
+# Compiles for TPU on any machine: adds jax's TPU build (libtpu, 0.7 GB), which needs no TPU to compile.
+test-tpu: $(VENV)/.installed-tpu
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PYTHON) -m pytest -m tpu tests/test_tpu.py
 
 quick: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not tpu"
