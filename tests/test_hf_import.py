@@ -211,3 +211,28 @@ def test_damaged_files_are_refused_by_name(tmp_path):
 def test_float8_without_its_scales_is_refused(tmp_path):
     name = "model.layers.0.mlp.experts.0.up_proj.weight"
     refused(copy(tmp_path, "olmoe", tensors={name: np.ones((24, 32), ml_dtypes.float8_e4m3fn)}), "float8", "_scale_inv")
+
+
+def test_the_published_spelling_of_deepseek_v3_is_its_preset():
+    """config.json as it lies on the Hub: transformers 4's names, float8, keys of the published code."""
+    raw = {
+        "architectures": ["DeepseekV3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "auto_map": {},
+        "aux_loss_alpha": 0.001, "bos_token_id": 0, "eos_token_id": 1, "ep_size": 1, "first_k_dense_replace": 3,
+        "hidden_act": "silu", "hidden_size": 7168, "initializer_range": 0.02, "intermediate_size": 18432,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "model_type": "deepseek_v3",
+        "moe_intermediate_size": 2048, "moe_layer_freq": 1, "n_group": 8, "n_routed_experts": 256,
+        "n_shared_experts": 1, "norm_topk_prob": True, "num_attention_heads": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 61, "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "pretraining_tp": 1,
+        "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {"fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]},
+        "rms_norm_eps": 1e-06, "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid",
+        "rope_scaling": {
+            "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096, "type": "yarn",
+        },
+        "seq_aux": True, "tie_word_embeddings": False, "topk_group": 4, "topk_method": "noaux_tc",
+        "torch_dtype": "bfloat16", "transformers_version": "4.33.1", "use_cache": True, "v_head_dim": 128,
+        "vocab_size": 129280,
+    }  # fmt: skip
+    family = models.FAMILIES["deepseek_v3"]
+    assert family.read_config(raw) == family.presets["deepseek-v3"]

@@ -165,7 +165,7 @@ FAMILY = family.Family(
     },
     aliases={"num_key_value_heads": "kv_n_heads"},
     fixed={"ffn_act_fn": ("silu",), "tie_word_embeddings": (False,)},
-    harmless=frozenset({"resid_pdrop", "emb_pdrop"}),
+    harmless=frozenset({"resid_pdrop", "emb_pdrop", "router_aux_loss_coef"}),
     read=read,
     write=write,
 )  # fmt: skip
