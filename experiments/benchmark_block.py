@@ -8,6 +8,7 @@ without repetition, as a balanced router would. The plan is made once, outside; 
 products alone, over rows already sorted: the difference is what gathering and combining cost.
 """
 
+import concurrent.futures
 import functools
 from collections.abc import Callable
 
@@ -68,10 +69,14 @@ def cases(D: int, F: int, E: int, K: int, T: int) -> dict[str, Callable[[], obje
         "products forward": (products, (rows,)),
         "products both": (both(products), (rows_grad, rows)),
     }
-    return {
-        name: functools.partial(jax.jit(function), *first, gate, up, down, plan, metadata)
-        for name, (function, first) in calls.items()
-    }
+    args = {name: (*first, gate, up, down, plan, metadata) for name, (_, first) in calls.items()}
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # a Hopper kernel takes seconds to compile
+        jobs = {name: pool.submit(compiled, calls[name][0], *args[name]) for name in calls}
+        return {name: functools.partial(job.result(), *args[name]) for name, job in jobs.items()}
+
+
+def compiled(function, *args):
+    return jax.jit(function).lower(*args).compile()
 
 
 def rates(shape: tuple[int, ...], us: dict[str, float]) -> dict[str, float]:

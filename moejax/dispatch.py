@@ -19,6 +19,7 @@ from jax import lax
 
 from moejax.errors import UserError
 from moejax.routing import ExpertChoice, Routing
+from pallas_kernels import combine as kernels
 from pallas_kernels.search import count_below
 from pallas_kernels.vary import vary_alike
 
@@ -126,6 +127,8 @@ _permute.defvjp(lambda weights, choice, slot, real: (_permute(weights, choice, s
 def gather(x: Array, plan: Plan) -> Array:
     """x (T, D) -> rows (R, D), sorted by expert. Its gradient sums a token's rows in float32, by gathers."""
     with jax.named_scope("dispatch"):
+        if plan.slot is not None and _by_kernels(plan, x):
+            return kernels.spread(x, plan.slot, plan.token.shape[0])
         return _gather(x.shape[0], *vary_alike(x, plan))
 
 
@@ -151,6 +154,8 @@ def combine(rows: Array, plan: Plan, num_tokens: int) -> Array:
     Tokens without a row come out zero. Gradients reach rows and plan.weight.
     """
     with jax.named_scope("combine"):
+        if plan.slot is not None and _by_kernels(plan, rows):
+            return kernels.combine(rows, plan.slot, plan.weight)
         rows, plan = vary_alike(rows, plan)
         return _combine(num_tokens, rows, plan.weight, plan)
 
@@ -175,6 +180,11 @@ def _combine_backward(num_tokens, residuals, grad):
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _by_kernels(plan: Plan, x: Array) -> bool:
+    """On a GPU: half the bytes of XLA's gathers. They leave rows past the sum as the memory was; nothing reads them."""
+    return kernels.pick(jax.ShapeDtypeStruct((plan.token.shape[0], x.shape[1]), x.dtype)) != "xla"
 
 
 def _rows(x: Array, token: Array) -> Array:

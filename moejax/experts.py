@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.errors import UserError
+from pallas_kernels import gated_ffn as kernels
 from pallas_kernels.grouped_matmul import GroupMetadata, group_metadata, grouped_matmul, pick
 from pallas_kernels.grouped_matmul.blocks import Layout, Windows, dot, dot_rows
 from pallas_kernels.vary import vary_alike
@@ -44,7 +45,12 @@ def gated_ffn(
     _check(rows, gate, up, down, group_sizes, activation)
     with jax.named_scope("experts"):
         metadata = metadata or group_metadata(group_sizes, rows.shape[0])
-        if rows.shape[0] and (implementation or pick(rows, gate)) == "blocks":
+        name = implementation or pick(rows, gate)
+        if name == "mosaic_gpu":
+            return kernels.gated_ffn(
+                rows, gate, up, down, group_sizes, activation=activation, metadata=metadata, implementation=name
+            )
+        if rows.shape[0] and name == "blocks":
             return _blocks(activation, *vary_alike(rows, gate, up, down, metadata))
         product = functools.partial(
             grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata, group_metadata
 from pallas_kernels.vary import vary_alike
 
-__all__ = ["GroupMetadata", "group_metadata", "grouped_matmul", "pick"]
+__all__ = ["GroupMetadata", "group_metadata", "grouped_matmul", "named", "pick"]
 
 IMPLEMENTATIONS = ("reference", "blocks", "xla", "mosaic_gpu", "mosaic_tpu")
 # best first; the last one of each takes everything
@@ -51,7 +51,7 @@ def grouped_matmul(
     """
     _check(lhs, rhs, group_sizes, transpose_rhs)
     out_dtype = jnp.dtype(preferred_element_type or lhs.dtype)
-    name = pick(lhs, rhs, transpose_rhs) if implementation is None else _named(implementation, lhs, rhs, transpose_rhs)
+    name = pick(lhs, rhs, transpose_rhs) if implementation is None else named(implementation, lhs, rhs, transpose_rhs)
     metadata = metadata or group_metadata(group_sizes, lhs.shape[0])
     if lhs.shape[0] == 0:
         return jnp.zeros((0, rhs.shape[1 if transpose_rhs else 2]), out_dtype)
@@ -103,7 +103,8 @@ def _log_once(line: str) -> None:
     logging.getLogger("pallas_kernels").info(line)
 
 
-def _named(name, lhs, rhs, transpose_rhs) -> str:
+def named(name, lhs, rhs, transpose_rhs: bool = False) -> str:
+    """`name`, if it runs these operands (or their shapes) on this machine; else raises as `grouped_matmul`."""
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"grouped_matmul: unknown implementation {name!r}; there are {', '.join(IMPLEMENTATIONS)}")
     reason = _why_not(name, lhs, rhs, transpose_rhs)

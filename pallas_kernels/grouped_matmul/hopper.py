@@ -3,10 +3,13 @@
 import dataclasses
 import functools
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.grouped_matmul import schedule
 
 STEP = 64  # of the summed dimension, a stage
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
@@ -27,13 +30,17 @@ class Tiling:
     one_warp: bool = True
 
 
-def launch(name, body, t: Tiling, out, a_shape, b_shape, dtype):
-    """The kernel around `body`, with its shared memory."""
-    piece = 128 // out.dtype.itemsize  # columns
+def launch(name, body, t: Tiling, out, operands, dtype):
+    """The kernel around `body`, with its shared memory; out: one result or several of one dtype.
+
+    operands: name -> shape of what a stage of the ring holds, a copy each; `body` gets them by name.
+    """
+    out_dtype = jax.tree.leaves(out)[0].dtype
+    piece = 128 // out_dtype.itemsize  # columns
     swizzled = (plgpu.TilingTransform((8, piece)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
     # whole pieces leave swizzled; a piece that has other groups' rows leaves by its own rows, which needs them plain
     staging = plgpu.RefUnion(
-        plgpu.SMEM((t.pieces, 64, piece), out.dtype, transforms=swizzled), plgpu.SMEM((64, piece), out.dtype)
+        plgpu.SMEM((t.pieces, 64, piece), out_dtype, transforms=swizzled), plgpu.SMEM((64, piece), out_dtype)
     )
     return plgpu.kernel(
         body,
@@ -46,20 +53,20 @@ def launch(name, body, t: Tiling, out, a_shape, b_shape, dtype):
         thread_name="warpgroup",
         kernel_name=name,
         scratch_types={
-            "a": plgpu.SMEM((t.stages, *a_shape), dtype, transforms=_SWIZZLED),
-            "b": plgpu.SMEM((t.stages, *b_shape), dtype, transforms=_SWIZZLED),
+            **{n: plgpu.SMEM((t.stages, *shape), dtype, transforms=_SWIZZLED) for n, shape in operands.items()},
             "staging": (staging, staging),
-            "ready": plgpu.Barrier(num_arrivals=2, num_barriers=2 * t.stages),
+            "ready": plgpu.Barrier(num_arrivals=len(operands), num_barriers=2 * t.stages),
             "free": plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=1, num_barriers=t.stages),
         },
     )
 
 
-def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
+def pipeline(t: Tiling, count, info, steps, load, compute, ready, free, sums=((128, COLUMNS),)):
     """Runs this block's share of `count` tiles: the loading warp, and the two compute warpgroups by turns.
 
     info(lin) -> a tile's scalars; steps(tile): how many stages it takes; load(tile, k, slot, barrier) fills a slot;
-    compute(warpgroup, tile, accumulate), where accumulate(operands, store) multiplies all its steps.
+    compute(warpgroup, tile, accumulate), where accumulate(operands, store) multiplies all its steps: operands(k, slot)
+    gives the two factors of every accumulator, whose shapes are `sums`, and store takes their values.
     """
     clusters = t.blocks // 2
     block = lax.axis_index("block")
@@ -107,19 +114,20 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
             def accumulate(operands, store):
                 total = steps(tile)
 
-                def step(acc, k):
+                def step(accs, k):
                     plgpu.barrier_wait(ready.at[wg * t.stages + slot(base + k)])
-                    plgpu.wgmma(acc, *operands(k, slot(base + k)))
-                    plgpu.wgmma_wait(1)
+                    for acc, factors in zip(accs, operands(k, slot(base + k)), strict=True):
+                        plgpu.wgmma(acc, *factors)
+                    plgpu.wgmma_wait(len(accs))
                     pl.when(k > 0)(lambda: plgpu.barrier_arrive(free.at[slot(base + k + (t.stages - 1))]))
 
-                def run(acc):
-                    lax.fori_loop(0, total, lambda k, _: step(acc, k), None)
+                def run(*accs):
+                    lax.fori_loop(0, total, lambda k, _: step(accs, k), None)
                     plgpu.wgmma_wait(0)
                     pl.when(total > 0)(lambda: plgpu.barrier_arrive(free.at[slot(base + total + (t.stages - 1))]))
-                    store(acc[...])
+                    store(*(acc[...] for acc in accs))
 
-                pl.run_scoped(run, plgpu.ACC((128, COLUMNS)))
+                pl.run_scoped(run, *(plgpu.ACC(shape) for shape in sums))
 
             pl.when(lax.rem(i, jnp.int32(2)) == wg)(lambda: compute(wg, tile, accumulate))
 
@@ -128,6 +136,22 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free):
 
     wg = lax.axis_index("warpgroup")
     lax.cond(wg == 2, producer, lambda: lax.cond(wg == 0, lambda: consumer(0), lambda: consumer(1)))
+
+
+def walk_rows(tiles, columns: int):
+    """`info` of `pipeline` over the row tiles (T, 6) of `schedule.row_tiles` times `columns` of columns.
+
+    A tile's scalars: group, first row / 8, the first and the last + 1 of its rows that count, column.
+    """
+    last = tiles.shape[0] - 1
+
+    def info(lin):
+        some = jnp.minimum(lax.div(lin, jnp.int32(columns)), last)
+        tile, column = schedule.place(lin, tiles[some, 4], tiles[some, 5], columns)
+        tile = jnp.minimum(tile, last)
+        return tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3], column
+
+    return info
 
 
 def first_column(column):
@@ -164,13 +188,13 @@ def _store_some(acc, out, at, start, stop, stage):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def store_rows(acc, out, at, start, stop, stages, plain):
-    """acc's rows [start, stop) to out's rows and columns from `at` on."""
+def store_rows(acc, out, at, start, stop, stages, plain, turn=0):
+    """acc's rows [start, stop) to out's rows and columns from `at` on; turn: as of `store_whole`."""
     row, column = at
     for r in range(0, acc.shape[0], 64):
         part, here = acc[r : r + 64], (row + r, column)
         first, last = jnp.maximum(start - r, 0), jnp.minimum(stop - r, 64)
         whole = last - first == 64
-        pl.when(whole)(functools.partial(store_whole, part, out, here, stages, r))
+        pl.when(whole)(functools.partial(store_whole, part, out, here, stages, turn + r))
         some = functools.partial(_store_some, part, out, here, first, last, plain)
         pl.when((last > first) & jnp.logical_not(whole))(some)

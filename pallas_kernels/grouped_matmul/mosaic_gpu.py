@@ -25,6 +25,7 @@ from pallas_kernels.vary import vary_alike
 _ROWS = schedule.ROWS
 _STEP = hopper.STEP
 # a short sum wants its tile stored at once; a weight gradient, whose first and last stages are masked, a longer ring
+_FEW = 1024  # rows: up to here weights are what is moved
 FORWARD, DRHS = Tiling(stages=5, pieces=4), Tiling(stages=6, pieces=2)
 
 
@@ -43,19 +44,37 @@ def _hopper() -> bool:
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
 
 
-def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_dtype, tiles: Tiling | None = None):
-    """(M, K) × (E, K, N) -> (M, N); with transpose_rhs, rhs is (E, N, K), read as it lies."""
+def forward(
+    lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_dtype, tiles: Tiling | None = None, splits=None
+):
+    """(M, K) × (E, K, N) -> (M, N); with transpose_rhs, rhs is (E, N, K), read as it lies.
+
+    splits: in how many parts the sum over K is taken, None for as many as fill the chip; their float32 sums are added
+    in order.
+    """
     del group_sizes
     M, N = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
-    t = _here(tiles or FORWARD, lhs)
+    t = here(tiles or FORWARD, lhs)
     spare = -M % 8  # the copy engine takes rows in eights
     table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
     weights = (COLUMNS, _STEP) if transpose_rhs else (_STEP, COLUMNS)
-    out = jax.ShapeDtypeStruct((M + spare, N), out_dtype)
-    body = functools.partial(_forward_kernel, t, transpose_rhs)
-    kernel = hopper.launch("grouped_matmul", body, t, out, (_ROWS, _STEP), weights, lhs.dtype)
-    result = kernel(*table, jnp.pad(lhs, ((0, spare), (0, 0))), rhs)[:M]
+    parts = _parts(M, rhs.shape[0], N, lhs.shape[1] // _STEP, t) if splits is None else splits
+    shape, dtype = ((M + spare, N), out_dtype) if parts == 1 else ((parts, M + spare, N), jnp.float32)
+    body = functools.partial(_forward_kernel, t, transpose_rhs, parts)
+    stage = {"a": (_ROWS, _STEP), "b": weights}
+    kernel = hopper.launch("grouped_matmul", body, t, jax.ShapeDtypeStruct(shape, dtype), stage, lhs.dtype)
+    result = kernel(*table, jnp.pad(lhs, ((0, spare), (0, 0))), rhs)
+    if parts > 1:
+        result = jnp.sum(result, axis=0).astype(out_dtype)
+    result = result[:M]
     return vary_alike(result, lhs)[0]  # the kernel's own type knows of no mesh
+
+
+def _parts(M: int, E: int, N: int, depth: int, t: Tiling) -> int:
+    """One, unless few rows leave so few tiles that the last round of them would leave much of the chip idle."""
+    tiles = (min(E, M) + M // _ROWS) * pl.cdiv(N, 2 * COLUMNS)
+    rounds = 4 * (t.blocks // 2)
+    return 1 if M > _FEW else max(min(depth // 8, pl.cdiv(rounds, tiles)), 1)
 
 
 def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tiling | None = None):
@@ -65,52 +84,55 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tili
     masking grad as well took 7–14% on an H200. Nothing past the sum reaches any.
     """
     (M, K), N = lhs.shape, grad.shape[1]
-    t = _here(tiles or DRHS, lhs)
+    t = here(tiles or DRHS, lhs)
     spare = ((0, -M % 8), (0, 0))
     out = jax.ShapeDtypeStruct((*group_sizes.shape, K, N), out_dtype)
     body = functools.partial(_drhs_kernel, t)
-    kernel = hopper.launch("grouped_matmul_drhs", body, t, out, (_STEP, _ROWS), (_STEP, COLUMNS), lhs.dtype)
+    stage = {"a": (_STEP, _ROWS), "b": (_STEP, COLUMNS)}
+    kernel = hopper.launch("grouped_matmul_drhs", body, t, out, stage, lhs.dtype)
     result = kernel(metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare))
     return vary_alike(result, lhs)[0]
 
 
-def _here(t: Tiling, lhs) -> Tiling:
+def here(t: Tiling, lhs) -> Tiling:
     return dataclasses.replace(t, one_warp=False) if jax.typeof(lhs).manual_axis_type.varying else t
 
 
-def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a, b, staging, ready, free):
-    E, N, depth = rhs.shape[0], out.shape[1], lhs.shape[1] // _STEP
+def _forward_kernel(t: Tiling, transpose_rhs, parts, count, tiles, lhs, rhs, out, *, a, b, staging, ready, free):
+    E, N, depth = rhs.shape[0], out.shape[-1], lhs.shape[1] // _STEP
     columns = pl.cdiv(N, 2 * COLUMNS)
+    rows_info = hopper.walk_rows(tiles, columns * parts)
 
     def info(lin):
-        some = jnp.minimum(lax.div(lin, jnp.int32(columns)), tiles.shape[0] - 1)
-        tile, column = schedule.place(lin, tiles[some, 4], tiles[some, 5], columns)
-        tile = jnp.minimum(tile, tiles.shape[0] - 1)
-        return tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3], column
+        *rows, column = rows_info(lin)
+        part = lax.div(column, jnp.int32(columns))
+        first, last = (lax.div((part + i) * depth, jnp.int32(parts)) for i in (0, 1))
+        return *rows, column - part * columns, part, first, last
 
     def steps(tile):
-        return jnp.where(tile[0] < E, depth, 0)
+        return jnp.where(tile[0] < E, tile[-1] - tile[-2], 0)
 
     def load(tile, k, slot, barrier):
-        group, row, _, _, column = tile
-        step, wide = pl.ds(k * _STEP, _STEP), pl.ds(hopper.first_column(column), COLUMNS)
+        group, row, _, _, column, _, first, _ = tile
+        step, wide = pl.ds((first + k) * _STEP, _STEP), pl.ds(hopper.first_column(column), COLUMNS)
         plgpu.copy_gmem_to_smem(lhs.at[pl.ds(row * 8, _ROWS), step], a.at[slot], barrier, collective_axes="pair")
         block = rhs.at[group, wide, step] if transpose_rhs else rhs.at[group, step, wide]
         plgpu.copy_gmem_to_smem(block, b.at[slot], barrier)
 
     def compute(wg, tile, accumulate):
-        _, row, start, stop, column = tile
+        _, row, start, stop, column, part, _, _ = tile
+        target = out if parts == 1 else out.at[part]
 
         def operands(_, slot):
-            return a.at[slot], b.at[slot].transpose((1, 0)) if transpose_rhs else b.at[slot]
+            return ((a.at[slot], b.at[slot].transpose((1, 0)) if transpose_rhs else b.at[slot]),)
 
         def store(acc):
             at = row * 8, hopper.first_column(column)
-            hopper.store_rows(acc.astype(out.dtype), out, at, start, stop, *staging[wg])
+            hopper.store_rows(acc.astype(out.dtype), target, at, start, stop, *staging[wg])
 
         accumulate(operands, store)
 
-    hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free)
+    hopper.pipeline(t, count[0] * columns * parts, info, steps, load, compute, ready, free)
 
 
 def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, ready, free):
@@ -151,7 +173,7 @@ def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, read
                 plgpu.commit_smem()
 
             pl.when((row < start) | (row + _STEP > end))(mask)
-            return a.at[slot].transpose((1, 0)), b.at[slot]
+            return ((a.at[slot].transpose((1, 0)), b.at[slot]),)
 
         def store(acc):
             for r in range(0, _ROWS, 64):

@@ -109,6 +109,24 @@ def test_transposed_weights_are_read_as_they_lie(capfd):
     assert_close(out, exact(lhs, rhs, grad, sizes)[0], 1e-5)
 
 
+def test_few_rows_split_the_sum(capfd):
+    """320 = 5 steps in two parts, 2 and 3; a group of 3 rows, one of none, 1 row of nobody."""
+    sizes = np.array([3, 0, 5], np.int32)
+    lhs, rhs, grad = operands(sizes, 9, 320, 128)
+    metadata = group_metadata(jnp.asarray(sizes), 9)
+    args = lhs, rhs, jnp.asarray(sizes), metadata, False, jnp.bfloat16, TWO_BLOCKS[0]
+    out = interpreted(lambda: mosaic_gpu.forward(*args, splits=2), capfd)
+    assert_close(out, exact(lhs, rhs, grad, sizes)[0])
+
+
+def test_parts_by_hand():
+    # Mixtral down at T = 8: 16 rows for 8 experts, 4096 columns in 16 pairs, 224 steps: 128 tiles, 264 wanted
+    assert mosaic_gpu._parts(16, 8, 4096, 224, mosaic_gpu.FORWARD) == 3
+    # K = 768 has 12 steps: one part of at least 8
+    assert mosaic_gpu._parts(16, 8, 256, 12, mosaic_gpu.FORWARD) == 1
+    assert mosaic_gpu._parts(2048, 8, 256, 224, mosaic_gpu.FORWARD) == 1
+
+
 def test_row_tiles_by_hand():
     # rows 0-129 | none | 130-299, then 20 rows of nobody: tiles of 128 from rows 0, 128 | 128 (130 down to an eight),
     # 256 | 296 (300 down to an eight)

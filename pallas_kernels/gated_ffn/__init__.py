@@ -1,0 +1,90 @@
+"""The gated feed-forward of experts over sorted rows, with gate, up and the activation in one kernel.
+
+Letters: M rows, E groups (experts), D and F the widths outside and inside.
+"""
+
+import functools
+
+import jax
+
+from pallas_kernels.gated_ffn import mosaic_gpu
+from pallas_kernels.grouped_matmul import GroupMetadata, group_metadata, grouped_matmul, named, pick
+from pallas_kernels.grouped_matmul import mosaic_gpu as products
+from pallas_kernels.vary import vary_alike
+
+__all__ = ["ACTIVATIONS", "gated_ffn"]
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}  # gelu: the tanh form
+
+
+def gated_ffn(
+    rows: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    activation: str = "silu",
+    metadata: GroupMetadata | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """(activation(rows · gate) ∘ (rows · up)) · down, each row with its group's weights (Shazeer 2020, equation 6).
+
+    rows (M, D) sorted by group; gate, up (E, D, F) and down (E, F, D), all of one dtype; group_sizes (E,) i32. Returns
+    (M, D) of that dtype. Differentiable in rows and weights. Rows past the sum of group_sizes are never read, come out
+    as zeros and take no part in a gradient. metadata: `group_metadata(group_sizes, M)`. implementation: of
+    `grouped_matmul`; with "mosaic_gpu" the products with gate and up and the activation are one kernel, which stores
+    the two products only for a backward pass, and the gradient of rows another; with any other, plain products.
+
+    Raises ValueError for shapes, dtypes or an activation that don't fit, NotImplementedError as `grouped_matmul`.
+    """
+    _check(rows, gate, up, down, group_sizes, activation)
+    name = named(implementation, rows, gate) if implementation else pick(rows, gate)
+    metadata = metadata or group_metadata(group_sizes, rows.shape[0])
+    product = functools.partial(
+        grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation
+    )
+    if name == "mosaic_gpu" and rows.shape[0]:
+        hidden = _hidden(activation, *vary_alike(rows, gate, up, group_sizes, metadata))
+    else:
+        hidden = ACTIVATIONS[activation](product(rows, gate)) * product(rows, up)
+    return product(hidden, down)
+
+
+def _check(rows, gate, up, down, group_sizes, activation) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"gated_ffn: unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    shapes = [tuple(a.shape) for a in (rows, gate, up, down, group_sizes)]
+    if rows.ndim == 2 and gate.ndim == 3:
+        E, D, F = gate.shape
+        if shapes == [(rows.shape[0], D), (E, D, F), (E, D, F), (E, F, D), (E,)]:
+            if len({a.dtype for a in (rows, gate, up, down)}) == 1:
+                return
+            dtypes = ", ".join(str(a.dtype) for a in (rows, gate, up, down))
+            raise ValueError(f"gated_ffn: rows, gate, up and down must have one dtype; got {dtypes}: cast the weights")
+    raise ValueError(
+        "gated_ffn: rows, gate, up, down, group_sizes must be (M, D), (E, D, F), (E, D, F), (E, F, D), (E,); "
+        f"got {', '.join(map(str, shapes))}"
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _hidden(activation, rows, gate, up, group_sizes, metadata):
+    return mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=False)[0]
+
+
+def _hidden_forward(activation, rows, gate, up, group_sizes, metadata):
+    hidden, a, b = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True)
+    return hidden, (rows, gate, up, group_sizes, metadata, a, b)
+
+
+def _hidden_backward(activation, residuals, grad):
+    rows, gate, up, group_sizes, metadata, a, b = residuals
+    _, pull = jax.vjp(lambda a, b: ACTIVATIONS[activation](a) * b, a, b)
+    grads = pull(grad.astype(a.dtype))  # one elementwise pass over five arrays of (M, F)
+    drows = mosaic_gpu.dlhs(grads, (gate, up), metadata)
+    dgate, dup = (products.drhs(rows, grad, group_sizes, metadata, gate.dtype) for grad in grads)
+    return drows, dgate, dup, None, None
+
+
+_hidden.defvjp(_hidden_forward, _hidden_backward)

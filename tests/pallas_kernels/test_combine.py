@@ -1,0 +1,124 @@
+"""Rows to tokens and back: the plain implementation by hand, the kernels interpreted against it, and on a GPU."""
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.combine import combine, mosaic_gpu, pick, spread, xla
+from pallas_kernels.grouped_matmul import mosaic_gpu as products
+
+
+def operands(T, K, D, dtype=jnp.float32, left_out=0, seed=0):
+    """rows, slot, weight, grad; the first `left_out` choices have no row, and rows past the rest hold NaN."""
+    rng = np.random.default_rng(seed)
+    R = T * K
+    slot = np.full(R, R, np.int32)
+    slot[rng.permutation(R)[left_out:]] = rng.permutation(R - left_out)
+    rows = rng.normal(size=(R, D))
+    rows[R - left_out :] = np.nan
+    weight = jnp.asarray(rng.normal(size=R), jnp.float32)
+    return (
+        jnp.asarray(rows, dtype),
+        jnp.asarray(slot.reshape(T, K)),
+        weight,
+        jnp.asarray(rng.normal(size=(T, D)), dtype),
+    )
+
+
+def everything(rows, slot, weight, grad, implementation):
+    """Both functions' values and gradients, with NaN-free rows alone: (combined, drows, dweight, spread, dx)."""
+    out, pull = jax.vjp(lambda r, w: combine(r, slot, w, implementation=implementation), rows, weight)
+    there, turned = jax.vjp(lambda x: spread(x, slot, rows.shape[0], implementation=implementation), grad)
+    drows, dweight = pull(grad)
+    real = jnp.sum(slot < rows.shape[0])
+    return out, drows[:real], dweight, there[:real], *turned(rows)
+
+
+def test_by_hand():
+    rows = jnp.array([[1.0, 2.0], [10.0, 20.0], [jnp.nan, jnp.nan], [100.0, 200.0]])
+    # token 0: rows 1 and 0; token 1: row 3 alone; row 2 belongs to nobody
+    slot = jnp.array([[1, 0], [4, 3]], jnp.int32)
+    weight = jnp.array([2.0, 3.0, 5.0, 0.5])
+    out, pull = jax.vjp(functools.partial(combine, implementation="xla"), rows, slot, weight)
+    np.testing.assert_array_equal(out, [[3 * 10 + 2 * 1, 3 * 20 + 2 * 2], [0.5 * 100, 0.5 * 200]])
+    drows, _, dweight = pull(jnp.array([[1.0, 10.0], [4.0, 0.0]]))
+    np.testing.assert_array_equal(drows, [[2, 20], [3, 30], [0, 0], [2, 0]])
+    np.testing.assert_array_equal(dweight, [1 + 20, 10 + 200, 0, 400])
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    there, pull = jax.vjp(lambda x: spread(x, slot, 4, implementation="xla"), x)
+    np.testing.assert_array_equal(there, [[1, 2], [1, 2], [0, 0], [3, 4]])
+    np.testing.assert_array_equal(pull(rows)[0], [[11, 22], [100, 200]])
+
+
+def test_tokens_without_rows_are_zero():
+    rows = jnp.full((2, 4), jnp.nan)
+    assert (combine(rows, jnp.full((3, 1), 2, jnp.int32), None) == 0).all()
+
+
+@pytest.mark.parametrize("D", [128, 384])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kernels_interpreted(D, dtype, monkeypatch, capfd):
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+    args = operands(5, 3, D, dtype, left_out=4)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = jax.block_until_ready(everything(*args, "mosaic_gpu"))
+    printed = capfd.readouterr()
+    assert "RACE DETECTED" not in printed.out + printed.err
+    for ours, want in zip(got, everything(*args, "xla"), strict=True):
+        assert ours.dtype == want.dtype
+        ours, want = (np.asarray(x.astype(jnp.float32)) for x in (ours, want))
+        np.testing.assert_allclose(ours, want, rtol=0, atol=2e-6 * max(np.abs(want).max(), 1))
+
+
+def test_kernels_lower(monkeypatch):
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+    shape = jax.ShapeDtypeStruct
+    rows, slot, weight = shape((1024, 1536), jnp.bfloat16), shape((128, 8), jnp.int32), shape((1024,), jnp.float32)
+    traced = jax.jit(functools.partial(everything_but_slices, implementation="mosaic_gpu"))
+    traced = traced.trace(rows, slot, weight, shape((128, 1536), jnp.bfloat16))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("combine_rows", "combine_rows_gradients", "spread_rows"):
+        assert name in text
+
+
+def everything_but_slices(rows, slot, weight, grad, implementation):
+    out, pull = jax.vjp(lambda r, w: combine(r, slot, w, implementation=implementation), rows, weight)
+    there, turned = jax.vjp(lambda x: spread(x, slot, rows.shape[0], implementation=implementation), grad)
+    return out, *pull(grad), there, *turned(rows)
+
+
+def test_bad_input():
+    rows, slot, weight, grad = operands(4, 2, 128)
+    with pytest.raises(ValueError, match=r"weight must be float32 \(8,\); got float32\[4\]"):
+        combine(rows, slot, weight[:4])
+    with pytest.raises(ValueError, match="unknown implementation 'mosaic'; there are mosaic_gpu, xla"):
+        combine(rows, slot, weight, implementation="mosaic")
+    with pytest.raises(ValueError, match="x has 3 tokens and slot 4"):
+        spread(grad[:3], slot, 8)
+    with pytest.raises(ValueError, match=r"slot \(T, K\) int32"):
+        combine(rows, slot.astype(jnp.float32), weight)
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU; implementation='xla' would"):
+        combine(rows, slot, weight, implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="width in multiples of 128"):
+        combine(rows[:, :8], slot, weight, implementation="mosaic_gpu")
+    assert pick(rows) == "xla"
+    assert xla.why_not(rows) is None
+    assert "rows" in mosaic_gpu.why_not(rows[:0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("left_out", [0, 1000])
+@pytest.mark.parametrize("D", [128, 768, 1536, 7168])
+def test_on_a_gpu(D, left_out):
+    args = operands(500, 8, D, jnp.bfloat16, left_out)
+    got = everything(*args, "mosaic_gpu")
+    for ours, want in zip(got, everything(*args, "xla"), strict=True):
+        ours, want = (np.asarray(x.astype(jnp.float32)) for x in (ours, want))
+        assert np.linalg.norm(ours - want) <= 2e-3 * np.linalg.norm(want)
+    for _ in range(2):
+        again = everything(*args, "mosaic_gpu")
+        assert all((a == b).all() for a, b in zip(got, again, strict=True))

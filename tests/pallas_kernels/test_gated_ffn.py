@@ -1,0 +1,166 @@
+"""The gated feed-forward: plain products against float64, the Hopper kernels interpreted, lowered, and on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gated_ffn import gated_ffn, mosaic_gpu
+from pallas_kernels.grouped_matmul import group_metadata
+from pallas_kernels.grouped_matmul import mosaic_gpu as products
+
+# the interpreter multiplies poisoned rows in numpy, which says so
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow).* encountered in matmul:RuntimeWarning")
+
+
+def operands(sizes, M, D, F, seed=0, dtype=jnp.bfloat16):
+    """rows, gate, up, down, grad; NaN in the rows past the sum."""
+    rng = np.random.default_rng(seed)
+    E = len(sizes)
+    rows, grad = rng.normal(size=(M, D)), rng.normal(size=(M, D))
+    rows[sum(sizes) :], grad[sum(sizes) :] = np.nan, np.nan
+    weights = (rng.normal(size=s) * s[1] ** -0.5 for s in ((E, D, F), (E, D, F), (E, F, D)))
+    return tuple(jnp.asarray(a, dtype) for a in (rows, *weights, grad))
+
+
+def exact(rows, gate, up, down, grad, sizes, activation):
+    """The value and the four gradients in float64, by a loop over groups, with hand-written derivatives."""
+    rows, gate, up, down, grad = (np.asarray(a.astype(jnp.float32), np.float64) for a in (rows, gate, up, down, grad))
+    out, drows, *dweights = (np.zeros_like(a) for a in (rows, rows, gate, up, down))
+    ends = np.cumsum(sizes)
+    for g, r in enumerate(map(slice, ends - sizes, ends)):
+        a, b = rows[r] @ gate[g], rows[r] @ up[g]
+        if activation == "silu":
+            sigmoid = 1 / (1 + np.exp(-a))
+            act, slope = a * sigmoid, sigmoid * (1 + a * (1 - sigmoid))
+        else:  # gelu, tanh form
+            c = np.sqrt(2 / np.pi)
+            tanh = np.tanh(c * (a + 0.044715 * a**3))
+            act, slope = a * (1 + tanh) / 2, (1 + tanh) / 2 + a / 2 * (1 - tanh**2) * c * (1 + 3 * 0.044715 * a**2)
+        out[r] = act * b @ down[g]
+        dh = grad[r] @ down[g].T
+        da, db = dh * b * slope, dh * act
+        drows[r] = da @ gate[g].T + db @ up[g].T
+        dweights[0][g], dweights[1][g], dweights[2][g] = rows[r].T @ da, rows[r].T @ db, (act * b).T @ grad[r]
+    return out, drows, *dweights
+
+
+@functools.partial(jax.jit, static_argnames=("activation", "implementation"))
+def value_and_gradients(rows, gate, up, down, grad, sizes, activation="silu", implementation=None):
+    def block(*args):
+        return gated_ffn(*args, sizes, activation=activation, implementation=implementation)
+
+    out, pull = jax.vjp(block, rows, gate, up, down)
+    return out, *pull(grad)
+
+
+def assert_close(got, want, bound):
+    for ours, theirs in zip(got, want, strict=True):
+        ours = np.asarray(ours.astype(jnp.float32), np.float64)
+        assert np.isfinite(ours).all()
+        assert np.linalg.norm(ours - theirs) <= bound * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_plain_products(activation):
+    sizes = np.array([7, 0, 12], np.int32)
+    args = operands(sizes, 24, 16, 8, dtype=jnp.float32)
+    got = value_and_gradients(*args, jnp.asarray(sizes), activation, "blocks")
+    assert_close(got, exact(*args, sizes, activation), 1e-5)
+
+
+def interpreted(function, capfd):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        result = jax.block_until_ready(function())
+    printed = capfd.readouterr()
+    assert "RACE DETECTED" not in printed.out + printed.err
+    return result
+
+
+# 70 | 0 | 51, then 7 rows of nobody: halves of a tile full, partly full and empty; F = 64: half of a tile's columns
+@pytest.mark.parametrize(
+    "sizes, M, F, keep, activation",
+    [((70, 0, 51), 128, 128, True, "silu"), ((3, 5, 60), 70, 64, False, "gelu"), ((0, 99, 0), 99, 64, True, "relu")],
+)
+def test_hidden_interpreted(sizes, M, F, keep, activation, capfd):
+    rows, gate, up, *_ = operands(sizes, M, 64, F)
+    metadata = group_metadata(jnp.array(sizes, jnp.int32), M)
+    tiles = dataclasses.replace(mosaic_gpu.HIDDEN, blocks=2)
+    got = interpreted(lambda: mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep, tiles), capfd)
+    group = np.repeat(np.arange(3), sizes)
+    a, b = (np.zeros((M, F)) for _ in range(2))
+    real = [np.asarray(w.astype(jnp.float32), np.float64) for w in (rows, gate, up)]
+    for i, g in enumerate(group):
+        a[i], b[i] = real[0][i] @ real[1][g], real[0][i] @ real[2][g]
+    act = {"silu": lambda x: x / (1 + np.exp(-x)), "relu": lambda x: np.maximum(x, 0)}
+    act["gelu"] = lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    want = (act[activation](a) * b, a, b)
+    assert len(got) == (3 if keep else 1)
+    assert_close(got, want[: len(got)], 3e-3)
+    assert all((np.asarray(x[sum(sizes) :].astype(jnp.float32)) == 0).all() for x in got)
+
+
+def test_dlhs_interpreted(capfd):
+    sizes = (70, 0, 51)
+    rng = np.random.default_rng(0)
+    first, second = (jnp.asarray(rng.normal(size=(128, 64)), jnp.bfloat16) for _ in range(2))
+    _, gate, up, *_ = operands(sizes, 128, 128, 64)
+    metadata = group_metadata(jnp.array(sizes, jnp.int32), 128)
+    tiles = dataclasses.replace(products.FORWARD, blocks=2)
+    got = interpreted(lambda: mosaic_gpu.dlhs((first, second), (gate, up), metadata, tiles), capfd)
+    real = [np.asarray(w.astype(jnp.float32), np.float64) for w in (first, second, gate, up)]
+    want = np.zeros((128, 128))
+    for i, g in enumerate(np.repeat(np.arange(3), sizes)):
+        want[i] = real[0][i] @ real[2][g].T + real[1][i] @ real[3][g].T
+    assert_close([got], [want], 3e-3)
+
+
+def test_the_hopper_kernels_lower(monkeypatch):
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    args = bf16((1000, 256)), bf16((4, 256, 192)), bf16((4, 256, 192)), bf16((4, 192, 256)), bf16((1000, 256))
+    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
+    traced = value_and_gradients.trace(*args, sizes, implementation="mosaic_gpu")
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "gated_ffn_hidden" in text
+    assert "gated_ffn_dlhs" in text
+
+
+def test_bad_input():
+    rows, gate, up, down, _ = operands((4,), 4, 64, 64)
+    sizes = jnp.array([4], jnp.int32)
+    with pytest.raises(ValueError, match="unknown activation 'swish'; there are silu, gelu, relu"):
+        gated_ffn(rows, gate, up, down, sizes, activation="swish")
+    with pytest.raises(ValueError, match=r"must be \(M, D\).*got \(4, 64\), \(1, 64, 64\), \(1, 64, 32\)"):
+        gated_ffn(rows, gate, up[..., :32], down, sizes)
+    with pytest.raises(ValueError, match="one dtype; got bfloat16, bfloat16, bfloat16, float32"):
+        gated_ffn(rows, gate, up, down.astype(jnp.float32), sizes)
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        gated_ffn(rows, gate, up, down, sizes, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize("M, E, D, F", [(1000, 12, 192, 320), (2048, 4, 1024, 704), (6, 8, 256, 128)])
+def test_on_a_gpu(M, E, D, F, activation):
+    """Against float64, against the plain products' error, and bit-equal in three runs."""
+    for draw in range(8):
+        rng = np.random.default_rng(draw)
+        sizes = rng.multinomial(M - draw % 2 * (M // 5), rng.dirichlet(np.full(E, 0.4))).astype(np.int32)
+        args = operands(sizes, M, D, F, draw)
+        got = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu")
+        want = exact(*args, sizes, activation)
+        assert_close(got, want, 6e-3)
+        plain = value_and_gradients(*args, jnp.asarray(sizes), activation, "blocks")
+        for ours, theirs, right in zip(got, plain, want, strict=True):
+            ours, theirs = (
+                np.linalg.norm(np.asarray(x.astype(jnp.float32), np.float64) - right) for x in (ours, theirs)
+            )
+            assert ours <= 1.1 * theirs
+        for _ in range(2):
+            again = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu")
+            assert all((a == b).all() for a, b in zip(got, again, strict=True))
