@@ -69,6 +69,17 @@ def test_small(R, sizes):
     assert_same(value_and_grads(*args), value_and_grads(*args, implementation="reference"))
 
 
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.integers(0, 20), min_size=11, max_size=11))
+@example([0] * 11)
+@example([0, 0, 17, *[18] * 8])  # one group of 17 rows: three windows, the last of one row
+def test_fewer_than_two_rows_a_group(cuts):
+    """As when decoding: 20 rows over 12 experts, in windows of 8."""
+    sizes = np.diff([0, *sorted(cuts), 20]).astype(np.int32)
+    args = *operands(20, 12), sizes
+    assert_same(value_and_grads(*args, implementation="blocks"), value_and_grads(*args, implementation="reference"))
+
+
 @pytest.mark.parametrize("width, hidden", [(4, 6), (5, 5)])
 def test_experts_as_wide_as_the_model_or_wider(width, hidden):
     """Weight gradients are summed in another orientation where F is not less than D."""

@@ -4,7 +4,9 @@ Two parts. The *base*: the first `base` rows of every group as (E, base, K), one
 they lie. What a group has beyond that, its *overflow*, goes in windows of 64 rows, eight windows (and copies of their
 groups' weights) to a batched product, in a loop whose length follows the group sizes. Balanced groups never enter the
 loop; one group with all the rows spends it all there. The base costs `9/8 · M` rows of work whatever the sizes: more
-would be idle in balanced groups, less would send ordinary unevenness into the slower loop.
+would be idle in balanced groups, less would send ordinary unevenness into the slower loop. With fewer than two rows a
+group (decoding) there is no base, and windows of eight rows go one by one: only the weights of groups that have rows
+are read.
 
 An expert block built from `Layout`'s methods (`moejax.experts.gated_ffn`) pads its rows once for all its products.
 """
@@ -22,6 +24,7 @@ from pallas_kernels.vary import vary_alike
 
 _WINDOW = 64  # rows of a window: below it a product is mostly the reading of weights, above it mostly padding
 _WINDOWS = 8  # windows in one batched product: enough for two cores, small enough for their caches
+_FEW = 8  # rows of a window when groups have few rows at best, and the time is that of reading weights once
 
 
 def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs: bool, out_dtype) -> jax.Array:
@@ -67,22 +70,22 @@ def dot_rows(left, right) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Eight windows of W rows. first (8,) i32: first row; group (8,) i32; member (8, W) bool: rows that count."""
+    """n windows of W rows. first (n,) i32: first row; group (n,) i32; member (n, W) bool: rows that count."""
 
     first: jax.Array
     group: jax.Array
     member: jax.Array
 
-    # Loops and batched slices, not eight copies of each operation: those took a third of a model's compile time.
+    # Loops and batched slices, not n copies of each operation: those took a third of a model's compile time.
 
     def take(self, rows: jax.Array) -> jax.Array:
-        """(M, D) -> (8, W, D), zeros in the rows that don't count."""
+        """(M, D) -> (n, W, D), zeros in the rows that don't count."""
         W = self.member.shape[1]
         slices = jax.vmap(lambda first: lax.dynamic_slice_in_dim(rows, first, W))(self.first)
         return jnp.where(self.member[:, :, None], slices, 0)
 
     def put(self, rows: jax.Array, values: jax.Array) -> jax.Array:
-        """rows (M, D) with values (8, W, D) in the rows that count."""
+        """rows (M, D) with values (n, W, D) in the rows that count."""
         W = self.member.shape[1]
 
         def one(i, rows):
@@ -90,37 +93,38 @@ class Windows:
             old = lax.dynamic_slice_in_dim(rows, first, W)
             return lax.dynamic_update_slice_in_dim(rows, jnp.where(self.member[i][:, None], values[i], old), first, 0)
 
-        return lax.fori_loop(0, _WINDOWS, one, rows)
+        return lax.fori_loop(0, self.first.shape[0], one, rows)
 
     def of_group(self, weights: jax.Array) -> jax.Array:
-        """(E, …) -> (8, …): each window's group."""
+        """(E, …) -> (n, …): each window's group."""
         return weights.at[self.group].get(mode="clip")
 
     def add_to_group(self, sums: jax.Array, values: jax.Array) -> jax.Array:
-        """sums (E, …) with values (8, …) added to each window's group; one after another, since groups repeat."""
+        """sums (E, …) with values (n, …) added to each window's group; one after another, since groups repeat."""
 
         def one(i, sums):
             old = lax.dynamic_index_in_dim(sums, self.group[i])
             return lax.dynamic_update_slice_in_dim(sums, old + values[i][None], self.group[i], 0)
 
-        return lax.fori_loop(0, _WINDOWS, one, sums)
+        return lax.fori_loop(0, self.first.shape[0], one, sums)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How M rows of E groups are split into base and overflow. base, window: rows, static."""
+    """How M rows of E groups are split into base and overflow. base, window: rows; windows: at a time; all static."""
 
     rows: int
     base: int
     window: int
+    windows: int
     metadata: GroupMetadata
 
     @classmethod
     def of(cls, M: int, metadata: GroupMetadata) -> "Layout":
         (E,) = metadata.ends.shape
-        # With fewer rows than groups most groups are empty: read only the weights of those that are not.
-        base = 0 if M < E else min(M, -(-9 * M // (8 * E * 8)) * 8)
-        return cls(M, base, min(_WINDOW, M), metadata)
+        if M < 2 * E:
+            return cls(M, 0, min(_FEW, M), 1, metadata)
+        return cls(M, min(M, -(-9 * M // (8 * E * 8)) * 8), min(_WINDOW, M), _WINDOWS, metadata)
 
     def pad(self, rows: jax.Array) -> jax.Array:
         """(M, D) -> (E, base, D): the first rows of each group, then zeros."""
@@ -146,7 +150,7 @@ class Layout:
         starts = ends - -(-beyond // self.window)
 
         def body(i, carry):
-            number = i * _WINDOWS + jnp.arange(_WINDOWS, dtype=jnp.int32)
+            number = i * self.windows + jnp.arange(self.windows, dtype=jnp.int32)
             group = jnp.sum(number[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
             last = jnp.minimum(group, ends.shape[0] - 1)
             begin = self.metadata.starts[last] + self.base + (number - starts[last]) * self.window
@@ -157,7 +161,7 @@ class Layout:
             member &= (number < ends[-1])[:, None]
             return step(carry, Windows(first, last, member))
 
-        return lax.fori_loop(0, -(-ends[-1] // _WINDOWS), body, carry)
+        return lax.fori_loop(0, -(-ends[-1] // self.windows), body, carry)
 
 
 def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
