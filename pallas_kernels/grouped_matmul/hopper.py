@@ -188,7 +188,7 @@ def _store_some(acc, out, at, start, stop, stage):
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def store_rows(acc, out, at, start, stop, stages, plain, turn=0):
+def store_rows(acc, out, at, start, stop, stages, plain, *, turn=0):
     """acc's rows [start, stop) to out's rows and columns from `at` on; turn: as of `store_whole`."""
     row, column = at
     for r in range(0, acc.shape[0], 64):

@@ -8,7 +8,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
+from pallas_kernels.combine import combine, spread
 from pallas_kernels.gated_ffn import gated_ffn, mosaic_gpu
 from pallas_kernels.grouped_matmul import group_metadata
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
@@ -128,6 +130,32 @@ def test_the_hopper_kernels_lower(monkeypatch):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "gated_ffn_hidden" in text
     assert "gated_ffn_dlhs" in text
+
+
+def test_the_block_lowers_inside_shard_map(monkeypatch):
+    """Rows out, experts, rows back, over a mesh of two: the kernels' types know of no mesh."""
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+
+    def value_and_all_gradients(x, slot, weight, gate, up, down, sizes, grad):
+        def block(x, weight, *weights):
+            rows = gated_ffn(spread(x, slot, 256), *weights, sizes[0], implementation="mosaic_gpu")
+            return combine(rows, slot, weight)
+
+        out, pull = jax.vjp(block, x, weight, gate, up, down)
+        return out, *pull(grad)
+
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    split, whole = PartitionSpec("x"), PartitionSpec()
+    specs = (split,) * 3 + (whole,) * 3 + (split,) * 2
+    outs = (split,) * 3 + (whole,) * 3
+    sharded = jax.shard_map(value_and_all_gradients, mesh=mesh, in_specs=specs, out_specs=outs)
+    bf16, i32 = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.bfloat16, jnp.int32))
+    weights = bf16((4, 128, 64)), bf16((4, 128, 64)), bf16((4, 64, 128))
+    args = bf16((256, 128)), i32((256, 2)), jax.ShapeDtypeStruct((512,), jnp.float32), *weights
+    traced = jax.jit(sharded).trace(*args, i32((2, 4)), bf16((256, 128)))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("spread_rows", "combine_rows_gradients", "gated_ffn_hidden", "gated_ffn_dlhs"):
+        assert name in text
 
 
 def test_bad_input():
