@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul import group_metadata, tpu_blocks
 from pallas_kernels.shapes import DECODE, SIZES, TRAINING, group_sizes
 
 NAMED = TRAINING | DECODE
+_row_visits = jax.jit(tpu_blocks.row_visits, static_argnums=(1, 2), static_argnames="gradient")
 
 
 def bytes_moved(steps: int, spec, array, *scalars) -> int:
@@ -25,8 +26,8 @@ def bytes_moved(steps: int, spec, array, *scalars) -> int:
     """
     if not steps:
         return 0
-    index = jax.vmap(lambda step: jnp.stack(spec.index_map(step, *scalars)))(jnp.arange(steps, dtype=jnp.int32))
-    index = np.asarray(index, np.int64)
+    indices = jax.jit(jax.vmap(lambda step: jnp.stack(spec.index_map(step, *scalars))))
+    index = np.asarray(indices(jnp.arange(steps, dtype=jnp.int32)), np.int64)
     moved = index[np.append(True, np.any(index[1:] != index[:-1], axis=1))]
     block = np.array([size or 1 for size in spec.block_shape])
     inside = np.clip(np.array(array.shape) - moved * block, 0, block)
@@ -54,13 +55,13 @@ def grouped_matmul_bytes(op: str, M: int, K: int, N: int, sizes, vmem: int, tili
     metadata = group_metadata(jnp.asarray(sizes, jnp.int32), M)
     if op == "drhs":
         tiling = tiling or tpu_blocks.drhs_tiling(M, E, K, N, itemsize, vmem)
-        table, visits = tpu_blocks.row_visits(metadata, M, tiling, gradient=True)
+        table, visits = _row_visits(metadata, M, tiling, gradient=True)
         inputs, out = tpu_blocks.drhs_specs(tiling, K, N)
         shapes, columns = [(M, min(K, N)), (M, max(K, N)), (E, K, N)], pl.cdiv(max(K, N), tiling.width)
     else:
         K, N = (N, K) if op == "dlhs" else (K, N)
         tiling = tiling or tpu_blocks.forward_tiling(M, E, K, N, itemsize, itemsize, vmem)
-        table, visits = tpu_blocks.row_visits(metadata, M, tiling)
+        table, visits = _row_visits(metadata, M, tiling)
         inputs, out = tpu_blocks.forward_specs(tiling, K, N, transpose_rhs=False)
         shapes, columns = [(M, K), (E, K, N), (M, N)], pl.cdiv(K if tiling.deep else N, tiling.width)
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]

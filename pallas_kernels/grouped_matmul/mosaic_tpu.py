@@ -37,13 +37,14 @@ def why_not(lhs, rhs, transpose_rhs: bool) -> str | None:
     if vmem is None or vmem < _VMEM:
         return "it needs a TPU v5e, v5p, v6e or 7x"
     M, (E, K, N), size = lhs.shape[0], rhs.shape, lhs.dtype.itemsize
-    # a float32 result is the most that the forward product may be asked for
-    fits = (
+    try:
+        # a float32 result is the most that the forward product may be asked for
         tpu_blocks.forward_tiling(M, E, K, N, size, 4, vmem)
-        and tpu_blocks.forward_tiling(M, E, N, K, size, 4, vmem)
-        and tpu_blocks.drhs_tiling(M, E, K, N, size, vmem)
-    )
-    return None if fits else "it needs a narrower K or N: no block of columns fits in VMEM"
+        tpu_blocks.forward_tiling(M, E, N, K, size, 4, vmem)
+        tpu_blocks.drhs_tiling(M, E, K, N, size, vmem)
+    except NotImplementedError as error:
+        return str(error)
+    return None
 
 
 def _vmem() -> int | None:
@@ -104,7 +105,7 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiling: Til
     return call(table, grad, lhs) if K > N else call(table, lhs, grad)
 
 
-def _forward_tiling(M, E, K, N, dtype, out_dtype) -> Tiling | None:
+def _forward_tiling(M, E, K, N, dtype, out_dtype) -> Tiling:
     return tpu_blocks.forward_tiling(M, E, K, N, dtype.itemsize, jnp.dtype(out_dtype).itemsize, _vmem() or _VMEM)
 
 

@@ -152,7 +152,7 @@ def drhs_specs(t: Tiling, K: int, N: int):
 
 
 @functools.cache
-def forward_tiling(M: int, E: int, K: int, N: int, itemsize: int, out_itemsize: int, vmem: int) -> Tiling | None:
+def forward_tiling(M: int, E: int, K: int, N: int, itemsize: int, out_itemsize: int, vmem: int) -> Tiling:
     """All columns at once where a group's weights fit; else columns that leave room for the rows of a sweep."""
     deep = itemsize * K > 4 * N  # a row of float32 sums takes less than a row of lhs
 
@@ -169,7 +169,7 @@ def forward_tiling(M: int, E: int, K: int, N: int, itemsize: int, out_itemsize: 
 
 
 @functools.cache
-def drhs_tiling(M: int, E: int, K: int, N: int, itemsize: int, vmem: int) -> Tiling | None:
+def drhs_tiling(M: int, E: int, K: int, N: int, itemsize: int, vmem: int) -> Tiling:
     """As forward_tiling; the narrower of the two operands is the one that a sweep keeps."""
     narrow, wide = min(K, N), max(K, N)
 
@@ -192,7 +192,7 @@ def _rows(M: int, E: int) -> int:
     return min(256 if mean >= 1024 else 128 if mean >= 64 else 32, max(-(-M // 16), 1) * 16)
 
 
-def _fit(M: int, E: int, wide: int, row_bytes: int, used, vmem: int, deep: bool = False) -> Tiling | None:
+def _fit(M: int, E: int, wide: int, row_bytes: int, used, vmem: int, deep: bool = False) -> Tiling:
     most, fits = _rows(M, E), []
     for rows, width in itertools.product((most, max(most // 2, 16)), (PIECE, PIECE // 2, LANES)):
         keep = min((_room(vmem) - used(rows, width)) // (rows * row_bytes), pl.cdiv(M, rows) + 1)
@@ -203,4 +203,6 @@ def _fit(M: int, E: int, wide: int, row_bytes: int, used, vmem: int, deep: bool 
         for t in fits:
             if t.keep * t.rows >= min(share * M // E, M):
                 return t
-    return max(fits, key=lambda t: t.keep * t.rows, default=None)
+    if not fits:
+        raise NotImplementedError("it needs a narrower K or N: no block of columns fits in VMEM")
+    return max(fits, key=lambda t: t.keep * t.rows)
