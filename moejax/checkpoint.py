@@ -146,7 +146,7 @@ class Checkpointer:
         assert self._pending is not None
         step, manifest = self._pending
         (folder,) = self.root.glob(f"{step}.orbax-checkpoint-tmp*")
-        text = json.dumps({**manifest, "files": _sizes(folder)}, indent=1)
+        text = json.dumps({**manifest, "files": file_sizes(folder)}, indent=1)
         with open(folder / MANIFEST, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -283,7 +283,7 @@ def _inspect(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The manifest if every file has the size it was written with; else None and what is wrong."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        now = _sizes(path)
+        now = file_sizes(path)
         for name, size in manifest["files"].items():
             if now.get(name) != size:
                 return None, f"{name} is missing" if name not in now else f"{name} has {now[name]} of {size} bytes"
@@ -294,7 +294,8 @@ def _inspect(path: Path) -> tuple[dict[str, Any] | None, str]:
     return manifest, ""
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file of a checkpoint's folder by its path there, as the manifest lists them."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     skipped = (*_ORBAX_OWN, MANIFEST)
     return {str(file.relative_to(folder)): file.stat().st_size for file in files if file.name not in skipped}

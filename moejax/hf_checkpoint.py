@@ -68,7 +68,7 @@ def convert(
         manifest = {
             "step": 0, "data": {},
             "config": {"family": family.name, "model": schema.to_dict(config), "hf": raw, "dtype": dtype},
-            "trees": sorted({path.partition("/")[0] for path in shapes}), "files": checkpoint._sizes(partial),
+            "trees": sorted({path.partition("/")[0] for path in shapes}), "files": checkpoint.file_sizes(partial),
         }  # fmt: skip
         with open(partial / checkpoint.MANIFEST, "w", encoding="utf-8") as file:
             file.write(json.dumps(manifest, indent=1))

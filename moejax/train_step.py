@@ -18,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax import balance, optimizer, routing_stats, sharding
 from moejax.config import Config, MoEConfig
-from moejax.models.lm import layer_plan
 
 # The weight of each loss that an MoE layer returns, as its field of MoEConfig.
 LOSS_WEIGHTS = {
@@ -27,6 +26,7 @@ LOSS_WEIGHTS = {
     "router_z_loss": "router_z_weight",
     "importance_loss": "importance_weight",
     "load_loss": "load_weight",
+    "mtp_loss": "mtp_weight",
 }
 
 
@@ -51,15 +51,16 @@ PROBE = (1, 128)  # B, L of the tokens that parameters are shaped with; TPU atte
 
 def init(model: nn.Module, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    variables = nn.unbox(model.init(key, jnp.zeros(PROBE, jnp.int32)))
+    # What layers sow says how many there are; the values are not used, and so not computed.
+    variables = nn.unbox(model.init(key, jnp.zeros(PROBE, jnp.int32), mutable=True))
     router_state = variables.get("router_state", {})
-    moe = model.config.moe
+    tallies = layer_tallies(variables.get("intermediates", {}))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         router_state=router_state,
         opt_state=tx.init(variables["params"]),
-        load=None if moe is None else jnp.zeros((layer_plan(model.config)[1], moe.num_experts), jnp.int32),
+        load=jnp.zeros_like(tallies["selected"]) if tallies else None,
     )
 
 
@@ -106,15 +107,49 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax
         return jnp.sum(jnp.where(mask, nats, 0.0))
 
 
-def find(tree: Any, name: str) -> Any:
-    """The one subtree called `name` at any depth of nested dicts, or None. Stacked layers leave one such place."""
+def places(tree: Any, name: str) -> list[Any]:
+    """What stands under the key `name` at any depth of nested dicts, in the order of the layers: 2 before 10."""
     if not isinstance(tree, dict):
-        return None
+        return []
     if name in tree:
-        return tree[name]
-    found = [hit for hit in (find(child, name) for child in tree.values()) if hit is not None]
-    assert len(found) <= 1, f"{name!r} stands in {len(found)} places"
-    return found[0] if found else None
+        return [tree[name]]
+    return [hit for key in layer_order(tree) for hit in places(tree[key], name)]
+
+
+def layer_order(tree: dict[str, Any]) -> list[str]:
+    """The keys of a tree of parameters: layer_2 before layer_10, and both before mtp_0."""
+    return sorted(tree, key=lambda key: (len(key), key) if key.startswith("layer_") else (1000, key))
+
+
+def layer_tallies(intermediates: Any) -> dict[str, jax.Array]:
+    """The tallies that MoE layers sowed, stacked by layer; {} for a dense model.
+
+    The research LM's scan leaves them stacked; a published family sows layer by layer, its prediction modules last.
+    """
+    found = places(intermediates, "routing")
+    if not found:
+        return {}
+    if found[0]["selected"].ndim == 2:
+        (scanned,) = found
+        return scanned
+    return jax.tree.map(lambda *layers: jnp.stack(layers), *found)
+
+
+def moved_biases(router_state: Any, selected: jax.Array, rate: float) -> Any:
+    """The selection biases after the rule (`balance.bias_update`): a tree of (layers, E), or of one (E,) for each row
+    of selected (layers, E) i32, in the order of `places`."""
+    biases = places(router_state, "bias")
+    if len(biases) == 1 and biases[0].ndim == 2:
+        return jax.tree.map(lambda bias: balance.bias_update(bias, selected, rate=rate), router_state)
+    assert len(biases) in (0, len(selected)), f"{len(biases)} biases and {len(selected)} MoE layers"
+    rows = iter(selected)
+
+    def move(tree):
+        if "bias" in tree:
+            return {"bias": balance.bias_update(tree["bias"], next(rows), rate=rate)}
+        return {key: move(tree[key]) for key in layer_order(tree)}
+
+    return move(router_state)
 
 
 def forward(model, params, router_state, batch, mode, key=None):
@@ -130,10 +165,10 @@ def forward(model, params, router_state, batch, mode, key=None):
         rngs=None if key is None else {"routing": key},
         mutable=["intermediates"],
     )
-    return logits, losses, find(sown.get("intermediates", {}), "routing") or {}
+    return logits, losses, layer_tallies(sown.get("intermediates", {}))
 
 
-def weighted(moe: MoEConfig | None, losses: dict[str, jax.Array]) -> jax.Array:
+def weighted(moe: MoEConfig, losses: dict[str, jax.Array]) -> jax.Array:
     """Σ weight · loss over the auxiliary losses, as the config weighs them."""
     total = jnp.zeros((), jnp.float32)
     for name, loss in losses.items():
@@ -141,21 +176,21 @@ def weighted(moe: MoEConfig | None, losses: dict[str, jax.Array]) -> jax.Array:
     return total
 
 
-def loss_fn(params, router_state, batch, key, *, model, count):
+def loss_fn(params, router_state, batch, key, *, model, moe, count):
     """nats / count + this part's share of the `count` tokens · auxiliary losses, and what the step reports: sums that
     add up over microbatches."""
     logits, losses, tallies = forward(model, params, router_state, batch, "train", key)
     nats = cross_entropy(logits, batch["targets"], batch["mask"])
     share = jnp.sum(batch["mask"], dtype=jnp.float32) / count
     losses = jax.tree.map(lambda loss: share * loss, losses)
-    total = nats / count + weighted(model.config.moe, losses)
+    total = nats / count + weighted(moe, losses)
     return total, {"total_loss": total, "nats": nats, "losses": losses, "tallies": tallies}
 
 
-def gradients(state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, model, microbatches: int):
+def gradients(state: TrainState, batch: dict[str, jax.Array], key: jax.Array, *, model, moe, microbatches: int):
     """Gradients of the step's loss and its reported sums, over `microbatches` parts of the batch (B, L)."""
     count = jnp.maximum(jnp.sum(batch["mask"], dtype=jnp.float32), 1.0)
-    one = jax.grad(functools.partial(loss_fn, model=model, count=count), has_aux=True)
+    one = jax.grad(functools.partial(loss_fn, model=model, moe=moe, count=count), has_aux=True)
     if microbatches == 1:
         return one(state.params, state.router_state, batch, key)
 
@@ -181,9 +216,10 @@ def train_step(
     state: TrainState, batch: Batch, *, model: nn.Module, tx: optax.GradientTransformation, config: Config
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step. Returns the next state and the step's metrics, named as in metrics.jsonl, as arrays on the device."""
-    moe = config.model.moe
+    moe = config.model.moe or MoEConfig()
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    grads, sums = gradients(state, batch, key, model=model, microbatches=config.train.accumulation_steps)
+    parts = config.train.accumulation_steps
+    grads, sums = gradients(state, batch, key, model=model, moe=moe, microbatches=parts)
     with jax.named_scope("optimizer"):
         params, opt_state = optimizer.apply(tx, grads, state.opt_state, state.params)
     router_state, load = state.router_state, state.load
@@ -194,15 +230,14 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": optimizer.schedule(config.optimizer)(state.step),
     }
-    if moe is not None:
+    if load is not None:
         with jax.named_scope("statistics"):
             metrics |= {name: sums["losses"].get(name) for name in ("load_balance_loss", "router_z_loss")}
             metrics |= layer_statistics(sums["tallies"])
             load = load + sums["tallies"]["selected"]
             metrics["load"] = load
             if moe.bias_update_rate:
-                rule = functools.partial(balance.bias_update, rate=moe.bias_update_rate)
-                router_state = jax.tree.map(lambda bias: rule(bias, sums["tallies"]["selected"]), router_state)
+                router_state = moved_biases(router_state, sums["tallies"]["selected"], moe.bias_update_rate)
     return TrainState(state.step + 1, params, router_state, opt_state, load), metrics
 
 
