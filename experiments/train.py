@@ -4,6 +4,7 @@
 
 The same command again continues where the run stopped; a changed config stops and lists what changed (more steps,
 another mesh and other logging intervals are no change). Every field is explained in moejax/config.py.
+--config.train.init_from=runs/olmoe, a workdir of experiments/import_hf.py, trains that model: docs/models.md.
 """
 
 from absl import flags

@@ -42,7 +42,7 @@ class MoEConfig:
     router_z_weight: float = 0.0
     importance_weight: float = 0.0
     load_weight: float = 0.0  # V-MoE's load loss: needs a noisy router
-    mtp_weight: float = 0.0  # of the prediction modules that a DeepSeek-V3 checkpoint may have; the research LM has none
+    mtp_weight: float = 0.0  # of a published model's prediction modules (DeepSeek-V3); the research LM has none
     bias_update_rate: float = 0.0  # u of the aux-loss-free rule b += u·sign(mean(c) − c); 0: no bias
     input_jitter: float = 0.0  # router inputs are multiplied by uniform(1 − jitter, 1 + jitter) in training
     dispatch: Literal["sorted", "dense"] = "sorted"  # dense: the oracle, every expert on every token

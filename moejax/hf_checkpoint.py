@@ -135,6 +135,7 @@ class Stored:
         if found.config.get("family") not in families:
             raise UserError(f"{workdir} holds a research LM, which is of no published family")
         self.folder, self.workdir, self.raw = found.path, Path(workdir), found.config["hf"]
+        self.step, self.run = found.step, found.config.get("run")  # the training run's config; None: as imported
         self.family = families[found.config["family"]]
         self.config = schema.parse(self.family.config, found.config["model"])
         self.shapes = {path: leaf.shape for path, leaf in hf_import.abstract(self.family.model(self.config)).items()}
@@ -155,11 +156,15 @@ class Stored:
         folder = self.workdir / "tokenizer"
         return {path.name: path for path in sorted(folder.iterdir())} if folder.is_dir() else {}
 
-    def load(self, dtype: Any = None) -> tuple[nn.Module, dict[str, Any]]:
-        """(model, variables) on the default device, parameters and compute in `dtype`; None: as stored."""
+    def load(self, dtype: Any = None, on_host: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+        """(model, variables), parameters and compute in `dtype`; None: as stored.
+
+        On the default device, or as numpy arrays, for a mesh.
+        """
         dtype = jnp.dtype(dtype or self.dtype("params/embedding"))
         variables = {}
         for path in self.shapes:
             kept = jnp.dtype(jnp.float32) if path.startswith("router_state/") else dtype
-            variables[path] = jax.device_put(self.read(path)).astype(kept)
+            array = self.read(path).astype(kept, copy=False)
+            variables[path] = array if on_host else jax.device_put(array)
         return self.family.model(self.config, dtype=dtype), hf_tensors.unflatten(variables)

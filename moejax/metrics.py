@@ -43,7 +43,8 @@ class Writer:
     """Writes one run's files and shows its progress; a context. Only process 0 of several does anything.
 
     total_steps: where the progress bar ends. devices: of the mesh, for MFU. progress: show a bar (a line now and then
-    where stderr is no terminal); without it the run says nothing.
+    where stderr is no terminal); without it the run says nothing. flops_per_token: of a training step, where the model
+    is not the one of config.model.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Writer:
         total_steps: int,
         devices: int = 1,
         progress: bool = True,
+        flops_per_token: float | None = None,
     ):
         self.workdir, self.total_steps = Path(workdir), total_steps
         self.main = jax.process_index() == 0
@@ -64,9 +66,10 @@ class Writer:
         self._step_tokens = config.data.batch_size * config.data.sequence_length
         self._bar: tqdm.tqdm | None = None
         self._board: Any = None
-        counts = accounting.account(config.model, config.data.sequence_length)
+        if flops_per_token is None:
+            flops_per_token = accounting.account(config.model, config.data.sequence_length).train_flops_per_token
         peak = environment.peak_flops(jax.devices()[0].device_kind)
-        self._mfu_per_rate = None if peak is None else counts.train_flops_per_token / (peak * devices)
+        self._mfu_per_rate = None if peak is None else flops_per_token / (peak * devices)
         if self.main:
             with _writing(self.workdir):
                 self.workdir.mkdir(parents=True, exist_ok=True)
@@ -199,7 +202,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config | None:
         except json.JSONDecodeError as error:
             raise UserError(f"{path} is not whole ({error}); restore it or give another --workdir") from error
     stored = checkpoint.read_config(workdir)
-    return None if stored is None else from_config_dict(stored)
+    return None if stored is None else from_config_dict(stored.get("run", stored))
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterable[dict[str, Any]]:

@@ -10,11 +10,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import accounting, checkpoint, data, evaluate, interrupts, metrics, optimizer, routing_stats, sharding
+from moejax import (
+    accounting,
+    checkpoint,
+    data,
+    evaluate,
+    interrupts,
+    metrics,
+    models,
+    optimizer,
+    published,
+    routing_stats,
+    sharding,
+)  # fmt: skip
 from moejax import config as configs
 from moejax.config import Config
 from moejax.errors import UserError
@@ -42,12 +55,15 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     stored = metrics.read_config(workdir)
     config = configs.settle(config, stored)
+    family = published.description(config.train.init_from)
+    if family is not None:
+        config = published.with_tokenizer(config)
     corpus = data.prepare(config.data, progress=progress)
     config = with_vocabulary(config, corpus.vocab_size)
     check_resumable(stored, config, workdir)
     check_batch(config, mesh)
 
-    model = LM(config.model)
+    model: nn.Module = LM(config.model) if family is None else published.model(family, config, corpus.vocab_size)
     tx = optimizer.make(config.optimizer)
     with implementations_named(config):
         shardings = state_shardings(model, tx, mesh)
@@ -58,16 +74,24 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
             state = start_from(state, config.train.init_from, shardings)
     start, end = int(state.step), min(config.train.steps, stop_at or config.train.steps)
 
+    sizes = None if family is None else published.count(family)
     writer = metrics.Writer(
-        workdir, config, total_steps=config.train.steps, devices=mesh.devices.size, progress=progress
+        workdir,
+        config,
+        total_steps=config.train.steps,
+        devices=mesh.devices.size,
+        progress=progress,
+        flops_per_token=None if sizes is None else 6 * sizes.active_without_embedding,
     )
+    if family is not None and jax.process_index() == 0:
+        published.keep_beside(config.train.init_from or "", workdir)
     saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints, start=start)
     interrupt = interrupts.Interrupts(tell=progress, on=jax.process_count() == 1)
     with jax.set_mesh(mesh), writer, saver, interrupt:
         again = start == 0 and writer.has_lines()
         writer.cut_after(start)
         writer.say(f"data: {corpus.description}")
-        writer.say(f"model: {accounting.describe(config.model, config.data.sequence_length)}; mesh {dict(mesh.shape)}")
+        writer.say(f"model: {describe(sizes, config)}; mesh {dict(mesh.shape)}")
         if start:
             writer.say(f"continuing from the checkpoint of step {start}" if start < end else
                        f"already at step {start} of {end}: nothing left to train")  # fmt: skip
@@ -115,7 +139,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
                     ended |= evaluation(state)
                     writer.evaluation(step, ended)
                 if save_now:
-                    save(saver, state, config, corpus)
+                    save(saver, state, config, corpus, family)
                 if stopping:
                     if saver.saved(step):  # otherwise a warning has said so
                         writer.say(f"{interrupt.name}: step {step} is saved; the same command continues from there")
@@ -230,12 +254,29 @@ def start_from(state: TrainState, directory: str, shardings: TrainState) -> Trai
     return dataclasses.replace(state, **trees)
 
 
-def save(saver: checkpoint.Checkpointer, state: TrainState, config: Config, corpus: data.Corpus) -> None:
+def describe(sizes: models.Preset | None, config: Config) -> str:
+    """The model in one line; of a published family also what is taken from config.model, and what is not."""
+    if sizes is None:
+        return accounting.describe(config.model, config.data.sequence_length)
+    return (
+        f"{sizes.family} of {config.train.init_from}, {sizes.total:,} parameters, {sizes.active:,} active; of "
+        "config.model count only dtype, remat, attention_implementation and, of moe, loss weights and bias_update_rate"
+    )
+
+
+def save(
+    saver: checkpoint.Checkpointer,
+    state: TrainState,
+    config: Config,
+    corpus: data.Corpus,
+    family: dict[str, Any] | None = None,
+) -> None:
     """Begins to save: parameters, router state, optimizer state, loads, the position in the data and its tokenizer."""
     step = int(state.step)
     trees = {name: getattr(state, name) for name in TREES}
     data_state = {"step": step, "content_hash": corpus.content_hash, "tokenizer": corpus.tokenizer.text}
-    saver.save(step, trees, data=data_state, config=configs.to_dict(config))
+    stored = configs.to_dict(config)
+    saver.save(step, trees, data=data_state, config=stored if family is None else family | {"run": stored})
 
 
 def check_finite(step: int, values: dict[str, jax.Array] | None, saver: checkpoint.Checkpointer) -> None:

@@ -71,9 +71,7 @@ def state_shardings(model: nn.Module, tx: optax.GradientTransformation, mesh: Me
     of_params = sharding.shardings(mesh, boxed["params"])
     state = jax.eval_shape(functools.partial(init, model, tx), key)
     shapes = jax.tree_util.tree_flatten_with_path(state.params)[0]
-    known = {
-        path: (leaf.shape, place) for (path, leaf), place in zip(shapes, jax.tree.leaves(of_params), strict=True)
-    }
+    known = {path: (leaf.shape, place) for (path, leaf), place in zip(shapes, jax.tree.leaves(of_params), strict=True)}
     everywhere: Any = sharding.replicated(mesh)
 
     def moments(path, leaf):
