@@ -18,9 +18,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu and not tpu"
 
-# Compiles for TPU on any machine: adds jax's TPU build (libtpu, 0.7 GB), which needs no TPU to compile.
-test-tpu: $(VENV)/.installed-tpu
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PYTHON) -m pytest -m tpu tests/test_tpu.py
+# Compiles for TPU on any machine: libtpu (0.7 GB, of jax 0.11.2's tpu extra) needs no TPU for that. It lies apart:
+# installed beside jax it would look for a TPU, and complain, in every later command.
+LIBTPU := $(VENV)/libtpu-0.0.48.1
+$(LIBTPU): | $(STAMP)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ libtpu==0.0.48.1
+
+test-tpu: $(STAMP) $(LIBTPU)
+	PYTHONPATH=$(LIBTPU) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PYTHON) -m pytest -m tpu tests/test_tpu.py
 
 quick: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not tpu"
