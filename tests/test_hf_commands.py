@@ -2,11 +2,12 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import tokenizers
-from processes import Server
+from processes import ROOT, Server
 
 from moejax import safetensors
 
@@ -56,9 +57,61 @@ def test_export_gives_the_source_back(server, imported):
     assert ended.code == 0 and "every tensor accounted for" in ended.out
 
 
+PEER = """#!{python}
+# Stands in for the interpreter with transformers: the states of the checkpoint in {whole}, as the peer's script gives.
+import json, sys
+import numpy as np
+from moejax import models
+from moejax.models.parts import Block
+
+ids, out = sys.argv[-2:]
+model, variables = models.load_hf("{whole}")
+capture = lambda module, _: isinstance(module, Block)
+logits, seen = model.apply(variables, np.load(ids).astype(np.int32), capture_intermediates=capture)
+layers = model.config.num_hidden_layers
+for i in range(layers):
+    np.save(f"{{out}}/layer_{{i}}.npy", seen["intermediates"][f"layer_{{i}}"]["__call__"][0][0])
+np.save(f"{{out}}/logits.npy", logits)
+json.dump({{"transformers": "none", "torch": "none", "layers": layers}}, open(f"{{out}}/peer.json", "w"))
+"""
+
+
+def test_verify_names_the_first_layer_that_differs(server, tmp_path):
+    whole, changed = TINY / "mixtral", shutil.copytree(TINY / "mixtral", tmp_path / "changed")
+    tensors = {name: shard.read(name).copy() for name, shard in safetensors.open_folder(whole).items()}
+    tensors["model.layers.1.self_attn.o_proj.weight"] *= 1.1
+    specs = {name: (safetensors.NAMES[value.dtype], value.shape) for name, value in tensors.items()}
+    safetensors.write(changed / safetensors.SINGLE, specs, tensors.values())
+    peer = tmp_path / "python"
+    peer.write_text(PEER.format(python=f"/usr/bin/env -S PYTHONPATH={ROOT} {sys.executable}", whole=whole))
+    peer.chmod(0o755)
+    same = server.run("verify_hf.py", f"--source={whole}", f"--peer_python={peer}", "--length=8")
+    assert same.code == 0 and "the same within 0.0001" in same.out, same.err
+    other = server.run("verify_hf.py", f"--source={changed}", f"--peer_python={peer}", "--length=8")
+    assert other.code == 1 and "the first that differs is layer_1" in other.out, other.err
+    gaps = {line.split(":")[0]: float(line.split("= ")[1]) for line in other.out.splitlines() if " = " in line}
+    assert gaps["layer_0"] < 1e-5 and gaps["layer_1"] > 1e-3 and gaps["logits"] > 1e-3
+
+
+def test_an_imported_model_is_evaluated_on_a_text_that_is_named(server, imported):
+    folder = server.folder / "words"
+    folder.mkdir()
+    for i in range(100):
+        (folder / f"{i}.txt").write_text(" ".join(f"w{(i + j * j) % 127}" for j in range(60)))
+    text = (f"--source=text:{folder}/*.txt", "--sequence_length=16", "--batch_size=8", "--json")
+    ended = server.run("evaluate.py", f"--workdir={imported}", *text)
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out.splitlines()[-1])
+    assert 4 < told["loss"] < 7 and told["step"] == 0 and len(told["max_violation_per_layer"]) == 2
+    fewer = server.run("evaluate.py", f"--workdir={imported}", *text, "--experts_per_token=1")
+    assert json.loads(fewer.out.splitlines()[-1])["loss"] != told["loss"]
+
+
 @pytest.mark.parametrize(
     ("script", "options", "words"),
     [
+        ("evaluate.py", ("--workdir={run}",), "give --source"),
+        ("evaluate.py", ("--workdir={run}", "--source=python-stdlib", "--experts_per_token=99"), "give 1 to"),
         ("import_hf.py", ("--source={source}", "--workdir={run}"), "has checkpoints already"),
         ("import_hf.py", ("--source={run}", "--workdir={run}2"), "holds no config.json"),
         ("export_hf.py", ("--workdir={run}", "--target={source}"), "exists"),

@@ -104,6 +104,7 @@ def test_a_run_from_an_import_is_the_same_on_a_mesh_and_goes_on(imported, tmp_pa
 
 def test_what_a_run_may_ask_of_an_import(imported, tmp_path):
     described = published.description(imported)
+    assert described is not None and described["family"] == "deepseek_v3"
     config = run_config(imported, tmp_path)
     assert published.description(None) is None and published.description(tmp_path / "none") is None
     with pytest.raises(UserError, match=r"model has 384 tokens and data.tokenizer=bytes has 500"):

@@ -145,7 +145,8 @@ def test_logits_are_those_of_the_definition_and_cached_decode_agrees(family, con
     model, variables = initialised(family, config)
     tensors = exported(tmp_path, family, config)
     wanted = np.stack([by_hand(row, tensors, config) for row in TOKENS])
-    logits = np.asarray(jax.jit(model.apply)(variables, TOKENS))
+    run = jax.jit(model.apply)
+    logits = np.asarray(run(variables, TOKENS))
     assert np.max(np.abs(logits - wanted)) <= 2e-5 * np.std(wanted)
 
     again, loaded = models.load_hf(tmp_path / "out")
@@ -153,10 +154,11 @@ def test_logits_are_those_of_the_definition_and_cached_decode_agrees(family, con
     assert jax.tree.all(jax.tree.map(np.array_equal, loaded, variables))
     prompts = [list(map(int, TOKENS[0, :5])), list(map(int, TOKENS[1, :8]))]
     new = models.generate(model, variables, prompts, max_new_tokens=3)
-    for prompt, found in zip(prompts, new, strict=True):
-        whole = np.array([prompt + found])
-        best = np.argmax(jax.jit(model.apply)(variables, whole)[0], axis=-1)
-        assert found == best[len(prompt) - 1 : -1].tolist()
+    whole = np.zeros_like(TOKENS)  # what stands behind a row's end is not seen
+    for row, prompt, found in zip(whole, prompts, new, strict=True):
+        row[: len(prompt) + 3] = prompt + found
+    for row, prompt, found in zip(np.argmax(run(variables, whole), axis=-1), prompts, new, strict=True):
+        assert found == row[len(prompt) - 1 : len(prompt) + 2].tolist()
 
 
 # ---- DeepSeek-V3's multi-token prediction
@@ -302,6 +304,7 @@ def test_llama4_is_read_out_of_the_multimodal_file(tmp_path):
 # ---- training on a mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "deepseek_v3"])
 def test_a_training_step_on_eight_devices_is_the_one_of_one_device(name):
     """Loss and updated parameters, batch over data × fsdp × expert, parameters sharded by their logical axes."""
@@ -336,3 +339,22 @@ def test_a_training_step_on_eight_devices_is_the_one_of_one_device(name):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-6)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(updated_there))
     assert nn.unbox(boxed).keys() == updated.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
+def test_generation_on_a_mesh_is_the_one_of_one_device(name):
+    """Eight prompts of different lengths over data × expert, parameters and experts sharded; the same greedy tokens."""
+    model, variables = models.load_hf(TINY / name)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, 128, length).tolist() for length in (3, 5, 1, 4, 2, 5, 3, 1)]
+    one = models.generate(model, variables, prompts, max_new_tokens=3)
+    mesh = sharding.make_mesh({"data": 2, "expert": 4})
+    boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros((1, 2), jnp.int32)), jax.random.key(0))
+    there = {"params": jax.device_put(variables["params"], sharding.shardings(mesh, boxed["params"]))}
+    if "router_state" in variables:
+        there["router_state"] = jax.device_put(variables["router_state"], sharding.replicated(mesh))
+    experts = there["params"]["layer_1"]["moe"]["gate"]
+    assert experts.sharding.shard_shape(experts.shape)[0] == experts.shape[0] // 4
+    with jax.set_mesh(mesh):
+        assert models.generate(model, there, prompts, max_new_tokens=3) == one
