@@ -47,6 +47,7 @@ class MoEConfig:
     input_jitter: float = 0.0  # router inputs are multiplied by uniform(1 − jitter, 1 + jitter) in training
     dispatch: Literal["sorted", "dense"] = "sorted"  # dense: the oracle, every expert on every token
     implementation: str | None = None  # of the grouped matmul; None: the fastest that runs here
+    exchange: str | None = None  # how rows reach experts on other devices (mesh.expert > 1); None: the fastest there is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,7 @@ def ablation_from_config_dict(values: Mapping[str, Any] | config_dict.ConfigDict
 NO_CHANGE = (
     "train.steps", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
     "train.keep_checkpoints", "train.profile_steps", "mesh", "data.cache_dir", "model.remat",
-    "model.attention_implementation", "model.moe.implementation",
+    "model.attention_implementation", "model.moe.implementation", "model.moe.exchange",
 )  # fmt: skip
 
 

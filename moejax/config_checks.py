@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from moejax import attention, dotted, schema
+from moejax import attention, dotted, exchange, schema
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moejax.data import DataConfig
 from moejax.errors import UserError
@@ -69,6 +69,7 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
         )
     _above_zero("model.moe", moe, "capacity_factor", "eval_capacity_factor")
     _one_of("model.moe.implementation", moe.implementation, grouped_matmul.IMPLEMENTATIONS)
+    exchange.pick(moe.exchange)
     if mesh is not None and mesh.expert > 1 and moe.num_experts % mesh.expert:
         raise UserError(
             f"config.model.moe.num_experts={moe.num_experts} can't be shared evenly by mesh.expert={mesh.expert} "

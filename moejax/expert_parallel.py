@@ -1,7 +1,8 @@
 """Where the rows of each expert are computed: the one shard_map of the MoE layer.
 
 Each device sorts the rows of its own part of the batch and runs them through all experts, whose weights are
-gathered for it (data parallel and FSDP). Means and counts over tokens stay outside, so they are global.
+gathered for it (data parallel and FSDP). On a mesh with an expert axis each device keeps its E/S experts and tokens
+come to them (`exchange`). Means and counts over tokens stay outside, so they are global.
 """
 
 import functools
@@ -11,30 +12,36 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moejax import dispatch, experts, routing, sharding
+from moejax import dispatch, exchange, experts, routing, sharding
 
 
-def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_experts: int, implementation=None):
+def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_experts: int, implementation=None, way=None):
     """Σ_k weight · expert(x) for x (B, L, D) and a decision with leading axis B; (B, L, D) in x's dtype.
 
     `decision` holds either Routing fields (B, L, K) or ExpertChoice fields (B, E, C) with token positions inside the
     row; one leading group that spans the batch, (1, E, C), runs without shard_map. `weights`: gate, up (E, D, F) and
-    down (E, F, D).
+    down (E, F, D). `way` names the exchange (`model.moe.exchange`). Raises UserError where E does not divide over the
+    expert axis.
     """
     run = functools.partial(_local, num_experts=num_experts, implementation=implementation)
     axes = sharding.batch_axes()
     groups = jax.tree.leaves(decision)[0].shape[0]
     if not axes or groups != x.shape[0]:
         return run(x, decision, weights)
-    rows = PartitionSpec(axes)
+    rows, held = PartitionSpec(axes), PartitionSpec()
+    if exchange.AXIS in axes:
+        exchange.check_experts(num_experts, jax.sharding.get_abstract_mesh().shape[exchange.AXIS])
+        exchange.pick(way)
+        run, held = functools.partial(_by_gather, implementation=implementation), PartitionSpec(exchange.AXIS)
+    copied = tuple(axis for axis in axes if axis not in held)
 
     def local(x, decision, weights):
         # Replicated going in, different on each device coming back: the cast's transpose is the sum over devices.
-        return run(x, decision, jax.tree.map(lambda w: lax.pcast(w, axes, to="varying"), weights))
+        if copied:
+            weights = jax.tree.map(lambda w: lax.pcast(w, copied, to="varying"), weights)
+        return run(x, decision, weights)
 
-    return jax.shard_map(local, in_specs=(rows, rows, PartitionSpec()), out_specs=rows, axis_names=set(axes))(
-        x, decision, weights
-    )
+    return jax.shard_map(local, in_specs=(rows, rows, held), out_specs=rows, axis_names=set(axes))(x, decision, weights)
 
 
 def _local(x, decision, weights, *, num_experts, implementation):
@@ -48,6 +55,28 @@ def _local(x, decision, weights, *, num_experts, implementation):
         )
     with jax.named_scope("combine"):
         return dispatch.combine(rows, plan, tokens.shape[0]).reshape(x.shape)
+
+
+def _by_gather(x, decision, weights, *, implementation):
+    """All tokens of the expert axis on every one of its devices, which runs those that chose its experts.
+
+    Dropless: the plan has room for every row of every device. Sums over experts are taken in float32, across devices
+    too.
+    """
+    everyone = exchange.gather(x)
+    tokens = everyone.reshape(-1, x.shape[-1])
+    mine = weights["gate"].shape[0]
+    with jax.named_scope("dispatch"):
+        flat = flatten(exchange.gather(decision), tokens.shape[0])
+        plan = dispatch.plan(exchange.of_my_experts(flat, mine), mine)
+        rows = dispatch.gather(tokens, plan)
+    with jax.named_scope("experts"):
+        rows = experts.gated_ffn(
+            rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes, implementation=implementation
+        )
+    with jax.named_scope("combine"):
+        y = dispatch.combine(rows.astype(jnp.float32), plan, tokens.shape[0])
+    return exchange.sum_back(y).astype(x.dtype).reshape(x.shape)
 
 
 def flatten(decision, num_tokens: int):

@@ -106,7 +106,12 @@ class MoE(nn.Module):
             y = expert_parallel.dense_mixture(x, decision, weights)
         else:
             y = expert_parallel.mixture(
-                x, decision, weights, num_experts=config.num_experts, implementation=config.implementation
+                x,
+                decision,
+                weights,
+                num_experts=config.num_experts,
+                implementation=config.implementation,
+                way=config.exchange,
             )
         if config.shared_experts:
             y += layers.GatedFFN(config.shared_experts * self.hidden, x.dtype, self.init_scale, name="shared")(x)
