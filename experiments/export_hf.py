@@ -2,19 +2,46 @@
 
   python experiments/export_hf.py --workdir=runs/olmoe --target=DIR
 
-DIR must not exist yet. Import and export give every tensor back bit for bit where the dtype is kept.
+DIR must not exist yet. Import and export give every tensor back bit for bit where the dtype is kept. A run of the
+research LM exports as the Qwen3-MoE that it is a case of; where it is none, the reasons are named.
 """
+
+from pathlib import Path
 
 from absl import flags
 
 from experiments import cli
-from moejax import hf_checkpoint, hf_export, models
+from moejax import checkpoint, hf_checkpoint, hf_export, hf_research, models
+from moejax import config as configs
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A folder that experiments/import_hf.py made.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "A run, or a folder that experiments/import_hf.py made.", required=True)
 TARGET = flags.DEFINE_string("target", None, "The folder to be made.", required=True)
 
 
 def main() -> None:
+    config = checkpoint.read_config(WORKDIR.value)
+    if config is not None and "family" not in config:
+        research()
+    else:
+        published()
+
+
+def research() -> None:
+    """A run of the research LM, without its tokenizer where that is of bytes."""
+    found = checkpoint.restore(WORKDIR.value)
+    assert found is not None
+    run = configs.from_config_dict(found.config)
+    config, variables = hf_research.as_qwen3(run.model, found.trees["params"])
+    family = models.FAMILIES["qwen3_moe"]
+    hf_export.export_variables(TARGET.value, family, config, variables)
+    text = found.data.get("tokenizer")
+    if text:
+        (Path(TARGET.value) / "tokenizer.json").write_text(text, encoding="utf-8")
+    print(f"{family.architecture} in {TARGET.value}")
+
+
+def published() -> None:
+    """A published family."""
     stored = hf_checkpoint.Stored(WORKDIR.value, models.FAMILIES)
     dtypes = {path: stored.dtype(path) for path in stored.shapes}
     size = hf_export.export(

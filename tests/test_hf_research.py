@@ -1,0 +1,48 @@
+"""The research LM as a Qwen3-MoE: the same logits, and every reason why a config is none."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from moejax import hf_export, hf_research, models
+from moejax.config import MoEConfig
+from moejax.errors import UserError
+from moejax.models.lm import LM
+
+MOE = MoEConfig(router="moejax.routing:top_k", num_experts=8, experts_per_token=3, expert_width=16)
+TOKENS = np.random.default_rng(0).integers(0, small.VOCABULARY, (2, 12)).astype(np.int32)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"num_layers": 5, "first_dense_layers": 1, "moe_every": 2, "head_dim": 16, "rope_theta": 50.0}],
+    ids=["plain", "pattern"],
+)
+def test_an_exported_research_lm_has_the_same_logits(fields, tmp_path):
+    config = small.model_config(MOE, **fields)
+    variables = nn.unbox(jax.jit(LM(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
+    wanted = np.asarray(jax.jit(LM(config).apply)(variables, TOKENS))
+    theirs, exported = hf_research.as_qwen3(config, variables["params"])
+    if fields:  # one dense layer, then two periods of a dense and a sparse one
+        assert theirs.mlp_only_layers == (0, 1, 3)
+    hf_export.export_variables(tmp_path / "out", models.FAMILIES["qwen3_moe"], theirs, exported)
+    model, loaded = models.load_hf(tmp_path / "out")
+    logits = np.asarray(jax.jit(model.apply)(loaded, TOKENS))
+    assert np.max(np.abs(logits - wanted)) <= 1e-5 * np.std(wanted)
+
+
+def test_what_is_no_case_of_the_family_is_refused_with_every_reason():
+    moe = dataclasses.replace(MOE, shared_experts=1, capacity_factor=1.0)
+    config = small.model_config(moe, qk_norm=False, tie_embeddings=True)
+    with pytest.raises(UserError, match=r"shared_experts must be 0.*capacity_factor.*qk_norm.*tie_embeddings"):
+        hf_research.as_qwen3(config, {})
+    one = small.model_config(dataclasses.replace(MOE, experts_per_token=1))
+    with pytest.raises(UserError, match="'renormalize': False"):
+        hf_research.as_qwen3(one, {})
+    with pytest.raises(UserError, match="dense model"):
+        hf_research.as_qwen3(small.model_config(None), {})
