@@ -60,9 +60,8 @@ def imported() -> None:
     config = configs.from_config_dict(stored.run or {})
     own = data_config(config.data)
     if stored.run is None:
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, dtype=stored.dtype("params/embedding").name)
-        )
+        dtype: Any = stored.dtype("params/embedding").name
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         tokenizer = published.tokenizer_beside(WORKDIR.value)
         if SOURCE.value is None:
             raise UserError(f"--workdir={WORKDIR.value} was imported: give --source, the text to evaluate on")
