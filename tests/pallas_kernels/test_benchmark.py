@@ -3,10 +3,13 @@
 import json
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import benchmark, shapes
+from pallas_kernels.timing import rounds
 
 
 def test_products_by_hand():
@@ -82,3 +85,17 @@ def test_a_peer_that_stops_is_reported(tmp_path, monkeypatch):
         benchmark.peers(sys.executable, [case])
     (tmp_path / "peer.py").write_text(f"print({json.dumps(json.dumps({'dense': [1, 1, 1], 'forward': [2, 1, 3]}))})")
     assert benchmark.peers(sys.executable, [case])[0]["forward", "torch"] == (2, 1, 3)
+
+
+def test_a_step_that_donates_its_state_can_be_timed():
+    """As training steps do: what one call returned is deleted by the next."""
+    step = jax.jit(lambda state: state + 1, donate_argnums=0)
+    state = jnp.zeros(4)
+
+    def run():
+        nonlocal state
+        state = step(state)
+        return state
+
+    assert set(rounds({"step": run}, repeats=3)) == {"step"}
+    np.testing.assert_array_equal(state, [5.0] * 4)  # two untimed calls and three timed ones
