@@ -65,16 +65,42 @@ def _pick(length: int, sinks: jax.Array | None, softcap: float | None) -> str:
     return "blocks" if backend == "cpu" else "xla"
 
 
-def attend_cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, window: int | None = None):
-    """Attention of q (B, L, H, hd) at `positions` (B, L) over a cache k, v (B, M, H_kv, hd) whose slot is the position.
+def write_slots(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """cache (B, H_kv, M, hd) with new (B, L, H_kv, hd) in the slots that are its positions (B, L).
+
+    Or both without heads: (B, M, n) and (B, L, n).
+    """
+    if new.ndim == 3:
+        return write_slots(cache[:, None], new[:, :, None], positions)[:, 0]
+    row, head = jnp.arange(new.shape[0])[:, None, None], jnp.arange(new.shape[2])[None, None, :]
+    return cache.at[row, head, positions[:, :, None]].set(new)
+
+
+def slot_mask(positions: jax.Array, slots: int, window: int | None = None, chunk: int | None = None) -> jax.Array:
+    """(B, L, M) bool: which slots of a cache a query at `positions` (B, L) reads.
 
     A slot past the query's own position is not read, so slots that hold padding or old rows don't matter.
     """
-    slots = jnp.arange(k.shape[1], dtype=positions.dtype)[None, None, :]
-    mask = slots <= positions[:, :, None]
+    query, slot = positions[:, :, None], jnp.arange(slots, dtype=positions.dtype)[None, None, :]
+    mask = slot <= query
     if window is not None:
-        mask &= slots > positions[:, :, None] - window
-    return _plain(q, k, v, mask[:, None], None, None)
+        mask &= slot > query - window
+    if chunk is not None:
+        mask &= slot // chunk == query // chunk
+    return mask
+
+
+def attend_slots(q, k, v, mask, sinks=None, softcap=None) -> jax.Array:
+    """Attention of q (B, L, H, hd) over a cache k, v (B, H_kv, M, hd) where mask (B, L, M); (B, L, H, hd).
+
+    The cache has heads first: products then read it as it lies, where (B, M, H_kv, hd) was turned at every step.
+    """
+    B, L, H, width = q.shape
+    q = q.reshape(B, L, k.shape[1], H // k.shape[1], width)
+    scores = jnp.einsum("blkgh,bkmh->bkglm", q, k, preferred_element_type=jnp.float32)
+    weights = _weights(scores, mask[:, None, None], sinks, softcap, width)
+    out = jnp.einsum("bkglm,bkmh->blkgh", weights.astype(v.dtype), v)
+    return out.reshape(B, L, H, v.shape[-1])
 
 
 def _mask(length: int, segment_ids: jax.Array | None, window: int | None) -> jax.Array:
@@ -90,22 +116,32 @@ def _mask(length: int, segment_ids: jax.Array | None, window: int | None) -> jax
 
 
 def _plain(q, k, v, mask, sinks, softcap):
-    groups = q.shape[2] // k.shape[2]
-    q = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[3])
-    scores = jnp.einsum("blkgh,bmkh->bkglm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    B, L, H, width = q.shape
+    q = q.reshape(B, L, k.shape[2], H // k.shape[2], width)
+    scores = jnp.einsum("blkgh,bmkh->bkglm", q, k, preferred_element_type=jnp.float32)
+    weights = _weights(scores, mask[:, :, None], sinks, softcap, width)
+    out = jnp.einsum("bkglm,bmkh->blkgh", weights.astype(v.dtype), v)
+    return out.reshape(B, L, H, v.shape[-1])
+
+
+def _weights(scores, mask, sinks, softcap, width):
+    """What the values of scores (B, H_kv, H/H_kv, L, M) count for: they sum to 1, less what `sinks` (H,) take."""
+    scores = scores * width**-0.5
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask[:, :, None], scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(1, k.shape[2], groups, 1, 1)
-        top = jnp.maximum(top, sink)
+        sinks = sinks.astype(jnp.float32).reshape(1, *scores.shape[1:3], 1, 1)
+    return softmax(scores, mask, sinks)
+
+
+def softmax(scores: jax.Array, mask: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
+    """Softmax in float32 over the last axis where `mask`; `sinks` (…, 1) are logits that only take mass away."""
+    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    top = top if sinks is None else jnp.maximum(top, sinks)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sinks is not None:
-        total += jnp.exp(sink - top)
-    out = jnp.einsum("bkglm,bmkh->blkgh", (weights / total).astype(v.dtype), v)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1])
+    return weights / (total if sinks is None else total + jnp.exp(sinks - top))
 
 
 def _splash(q, k, v, segment_ids, window, softcap):
@@ -132,7 +168,7 @@ class Attention(nn.Module):
     """Grouped-query attention with rotary positions and, on request, RMSNorm on each head's queries and keys.
 
     x (B, L, D), positions (B, L), segment_ids (B, L) -> (B, L, D) in `dtype`. With `cache_length` M > 0 keys and
-    values go to and come from the collection `cache` (B, M, H_kv, hd), at the slot that is their position.
+    values go to and come from the collection `cache` (B, H_kv, M, hd), at the slot that is their position.
     """
 
     num_heads: int
@@ -172,12 +208,11 @@ class Attention(nn.Module):
         return sharding.constrain(out, "batch", "length", "activation")
 
     def _cached(self, q, k, v, positions, cache_length):
-        shape = (k.shape[0], cache_length, *k.shape[2:])
-        rows = jnp.arange(k.shape[0])[:, None]
+        B, _, heads, width = k.shape
 
         def updated(name, new):
-            cache = self.variable("cache", name, jnp.zeros, shape, new.dtype)
-            cache.value = cache.value.at[rows, positions].set(new)
+            cache = self.variable("cache", name, jnp.zeros, (B, heads, cache_length, width), new.dtype)
+            cache.value = write_slots(cache.value, new, positions)
             return cache.value
 
-        return attend_cached(q, updated("key", k), updated("value", v), positions)
+        return attend_slots(q, updated("key", k), updated("value", v), slot_mask(positions, cache_length))

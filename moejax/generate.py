@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from moejax.errors import UserError
 
 CACHE_STEP = 128  # caches grow in steps of this many positions, so that few lengths are compiled
+AHEAD = 32  # tokens that the device makes before it is asked for them: the host then costs it nothing
 
 
 def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
@@ -29,10 +31,8 @@ def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) 
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "cache_length", "temperature", "top_p"), donate_argnames="cache")
-def _advance(model, variables, cache, tokens, positions, lengths, key, *, cache_length, temperature, top_p):
-    """One pass over tokens (B, L): the next token of each row, after its last of `lengths` (B,), and the cache."""
-    real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
+def _apply(model, variables, cache, tokens, positions, real, logits_at, cache_length):
+    """float32 logits (B, V) at one place of each row of tokens (B, L), and the cache with all of them in it."""
     logits, updated = model.apply(
         variables | cache,
         tokens,
@@ -40,10 +40,52 @@ def _advance(model, variables, cache, tokens, positions, lengths, key, *, cache_
         real.astype(jnp.int32),
         mode="generate",
         cache_length=cache_length,
-        logits_at=lengths - 1,  # the vocabulary is as wide as a layer: not for every token of a prompt
+        logits_at=logits_at,  # the vocabulary is as wide as a layer: not for every token of a prompt
         mutable=["cache"],
     )
-    return sample(logits[:, 0], key, temperature, top_p), {"cache": updated["cache"]}
+    return logits[:, 0], {"cache": updated["cache"]}
+
+
+_STATIC = ("model", "cache_length", "temperature", "top_p")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _prefill(model, variables, tokens, lengths, key, ends, *, cache_length, temperature, top_p):
+    """The first new token (B,) after the prompts in tokens (B, L), and the state that `_decode` goes on from."""
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    positions = jnp.broadcast_to(place, tokens.shape)
+    logits, cache = _apply(model, variables, {}, tokens, positions, place < lengths[:, None], lengths - 1, cache_length)
+    token = sample(logits, jax.random.fold_in(key, 0), temperature, top_p)
+    finished = jnp.any(token[:, None] == ends[None, :], axis=1)
+    return token[:, None], (jnp.int32(1), cache, token, lengths, finished)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _decode(model, variables, state, key, ends, count, *, cache_length, temperature, top_p):
+    """`count` more tokens (B, AHEAD), fewer where all rows have ended, and the state after them.
+
+    state: the number of the next step, the cache, the last token (B,), its position (B,), and whether it or one before
+    it ended its row (B,). The loop is the device's own: between two tokens it waits for no one.
+    """
+
+    def unfinished(carry):
+        made, (*_, finished), _ = carry
+        return (made < count) & ~jnp.all(finished)
+
+    def advance(carry):
+        made, (step, cache, token, position, finished), new = carry
+        places = position[:, None]
+        logits, cache = _apply(
+            model, variables, cache, token[:, None], places, places >= 0, jnp.zeros_like(position), cache_length
+        )
+        token = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
+        finished |= jnp.any(token[:, None] == ends[None, :], axis=1)
+        new = lax.dynamic_update_index_in_dim(new, token, made, axis=1)
+        return made + 1, (step + 1, cache, token, position + 1, finished), new
+
+    new = jnp.zeros((state[2].shape[0], AHEAD), jnp.int32)
+    _, state, new = lax.while_loop(unfinished, advance, (jnp.int32(0), state, new))
+    return new, state
 
 
 def generate(
@@ -73,31 +115,30 @@ def generate(
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    cache_length = -(-(tokens.shape[1] + max_new_tokens) // CACHE_STEP) * CACHE_STEP
-    variables = jax.device_put(variables)  # once, not with every token; arrays that are on a device stay there
-    advance = functools.partial(
-        _advance, model, variables, cache_length=cache_length, temperature=float(temperature), top_p=float(top_p)
-    )
-    positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    key = jax.random.key(seed)
-    new, cache = advance({}, tokens, positions, lengths, jax.random.fold_in(key, 0))
+    options = {
+        "cache_length": -(-(tokens.shape[1] + max_new_tokens) // CACHE_STEP) * CACHE_STEP,
+        "temperature": float(temperature),
+        "top_p": float(top_p),
+    }
+    variables = jax.device_put(variables)  # once; arrays that are on a device stay there
+    stops = {eos_id} if isinstance(eos_id, int | np.integer) else set(eos_id or ())
+    key, ends = jax.random.key(seed), jnp.asarray(sorted(stops), jnp.int32)
+    new, state = _prefill(model, variables, tokens, lengths, key, ends, **options)
     results: list[list[int]] = [[] for _ in prompts]
     finished = np.zeros(len(prompts), bool)
-    ones = np.ones_like(lengths)
-    ends = {eos_id} if isinstance(eos_id, int | np.integer) else set(eos_id or ())
-    for step in range(max_new_tokens):
-        following = None
-        if step < max_new_tokens - 1:  # begun before this step's tokens are waited for, so that the device never idles
-            positions = (lengths + step)[:, None]
-            following, cache = advance(cache, new[:, None], positions, ones, jax.random.fold_in(key, step + 1))
-        fetched = np.asarray(new)
-        if on_token is not None:
-            on_token(fetched)
-        for row, token in enumerate(fetched):
-            if not finished[row]:
-                results[row].append(int(token))
-                finished[row] = int(token) in ends
+    there, left = 1, max_new_tokens - 1
+    while True:
+        following, count = None, min(left, 1 if on_token else AHEAD)
+        if count:  # begun before the tokens that are there are waited for, so that the device never idles
+            following, state = _decode(model, variables, state, key, ends, np.int32(count), **options)
+        for tokens in np.asarray(new)[:, :there].T:
+            if finished.all():
+                break
+            if on_token is not None:
+                on_token(tokens)
+            for row in np.flatnonzero(~finished):
+                results[row].append(int(tokens[row]))
+                finished[row] = tokens[row] in stops
         if following is None or finished.all():
-            break
-        new = following
-    return results
+            return results
+        new, there, left = following, count, left - count

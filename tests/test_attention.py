@@ -137,10 +137,13 @@ def test_cached_attention_is_the_row_of_the_whole(window):
     q, k, v = inputs()
     whole = attention.attend(q, k, v, window=window, implementation="plain")
     # A cache longer than what is written; slots past the position hold rubbish that must not be read.
-    cache = [np.concatenate([a, np.full_like(a, 1e3)], axis=1) for a in (k, v)]
+    places = np.broadcast_to(np.arange(k.shape[1], dtype=np.int32), k.shape[:2])
+    empty = jnp.full((k.shape[0], k.shape[2], 2 * k.shape[1], k.shape[3]), 1e3, k.dtype)
+    cache = [attention.write_slots(empty, a, places) for a in (k, v)]
     positions = np.array([[4], [11]], np.int32)  # the two rows are at different places
     rows = np.arange(2)[:, None]
-    found = attention.attend_cached(q[rows, positions], *cache, positions, window)
+    mask = attention.slot_mask(positions, empty.shape[2], window)
+    found = attention.attend_slots(q[rows, positions], *cache, mask)
     np.testing.assert_allclose(found, np.asarray(whole)[rows, positions], atol=1e-6)
 
 

@@ -95,8 +95,8 @@ class LatentAttention(nn.Module):
         q_latent = jnp.einsum("blhn,chn->blhc", q_nope, up[..., : self.nope_dim])
         scores = jnp.einsum("blhc,bmc->bhlm", q_latent, latent, preferred_element_type=jnp.float32)
         scores += jnp.einsum("blhr,bmr->bhlm", q_rope, rotary_key, preferred_element_type=jnp.float32)
-        mask = parts.slot_mask(inputs.positions, inputs.cache_length)
-        weights = parts.softmax(scores * scale, mask[:, None]).astype(latent.dtype)
+        mask = attention.slot_mask(inputs.positions, inputs.cache_length)
+        weights = attention.softmax(scores * scale, mask[:, None]).astype(latent.dtype)
         mixed = jnp.einsum("bhlm,bmc->blhc", weights, latent)
         return jnp.einsum("blhc,chv->blhv", mixed, up[..., self.nope_dim :])
 

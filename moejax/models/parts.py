@@ -56,40 +56,19 @@ def merge_heads(module: nn.Module, x: jax.Array, width: int, *, bias=False) -> j
 
 
 def cached(module: nn.Module, inputs: Inputs, **new: jax.Array) -> tuple[dict[str, jax.Array], bool]:
-    """Writes `new` (B, L, …) into the module's cache (B, M, …), each at the slot that is its position.
+    """Writes `new`, (B, L, H, n) or (B, L, n), into the module's cache, each at the slot that is its position.
 
-    Returns the whole cache by name, and whether it was empty before: then attention over `new` alone says the same.
+    Returns the whole cache by name, (B, H, M, n) or (B, M, n), and whether it was empty before: then attention over
+    `new` alone says the same.
     """
     first = not module.has_variable("cache", next(iter(new)))
-    rows = jnp.arange(inputs.positions.shape[0])[:, None]
     whole = {}
     for name, value in new.items():
-        shape = (value.shape[0], inputs.cache_length, *value.shape[2:])
-        cache = module.variable("cache", name, jnp.zeros, shape, value.dtype)
-        cache.value = cache.value.at[rows, inputs.positions].set(value)
+        B, _, *heads, width = value.shape
+        cache = module.variable("cache", name, jnp.zeros, (B, *heads, inputs.cache_length, width), value.dtype)
+        cache.value = attention.write_slots(cache.value, value, inputs.positions)
         whole[name] = cache.value
     return whole, first
-
-
-def slot_mask(positions: jax.Array, slots: int, window: int | None = None, chunk: int | None = None) -> jax.Array:
-    """(B, L, M) bool: which slots of a cache a query at `positions` (B, L) reads."""
-    query, slot = positions[:, :, None], jnp.arange(slots, dtype=positions.dtype)[None, None, :]
-    mask = slot <= query
-    if window is not None:
-        mask &= slot > query - window
-    if chunk is not None:
-        mask &= slot // chunk == query // chunk
-    return mask
-
-
-def softmax(scores: jax.Array, mask: jax.Array, sinks: jax.Array | None = None) -> jax.Array:
-    """Softmax in float32 over the last axis where `mask`; `sinks` (…, 1) are logits that only take mass away."""
-    scores = jnp.where(mask, scores.astype(jnp.float32), -jnp.inf)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    top = top if sinks is None else jnp.maximum(top, sinks)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / (total if sinks is None else total + jnp.exp(sinks - top))
 
 
 def attend(
@@ -113,25 +92,12 @@ def attend(
     if inputs.cache_length:
         cache, first = cached(module, inputs, key=k, value=v)
         if not first:
-            mask = slot_mask(inputs.positions, inputs.cache_length, window, chunk)
-            return _attend_slots(q, cache["key"], cache["value"], mask, sinks, softcap)
+            mask = attention.slot_mask(inputs.positions, inputs.cache_length, window, chunk)
+            return attention.attend_slots(q, cache["key"], cache["value"], mask, sinks, softcap)
     segment_ids = inputs.segment_ids
     if chunk is not None:  # a chunk of a segment is a segment of its own; 4096 chunks fit between two segments
         segment_ids = segment_ids * 4096 + inputs.positions // chunk
     return attention.attend(q, k, v, segment_ids, window, sinks, softcap, implementation)
-
-
-def _attend_slots(q, k, v, mask, sinks, softcap):
-    B, L, H, width = q.shape
-    groups = k.shape[2]
-    q = q.reshape(B, L, groups, H // groups, width)
-    scores = jnp.einsum("blgqh,bmgh->bgqlm", q, k, preferred_element_type=jnp.float32) * width**-0.5
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    if sinks is not None:
-        sinks = sinks.astype(jnp.float32).reshape(1, groups, H // groups, 1, 1)
-    weights = softmax(scores, mask[:, None, None], sinks).astype(v.dtype)
-    return jnp.einsum("bgqlm,bmgh->blgqh", weights, v).reshape(B, L, H, v.shape[-1])
 
 
 class LayerNorm(nn.Module):
