@@ -5,7 +5,7 @@ they lie. What a group has beyond that, its *overflow*, goes in windows of 64 ro
 groups' weights) to a batched product, in a loop whose length follows the group sizes. Balanced groups never enter the
 loop; one group with all the rows spends it all there. The base costs `9/8 · M` rows of work whatever the sizes: more
 would be idle in balanced groups, less would send ordinary unevenness into the slower loop. With fewer than two rows a
-group (decoding) there is no base, and windows of eight rows go one by one: only the weights of groups that have rows
+group (decoding) there is no base, and windows of four rows go one by one: only the weights of groups that have rows
 are read.
 
 An expert block built from `Layout`'s methods (`moejax.experts.gated_ffn`) pads its rows once for all its products.
@@ -24,7 +24,7 @@ from pallas_kernels.vary import vary_alike
 
 _WINDOW = 64  # rows of a window: below it a product is mostly the reading of weights, above it mostly padding
 _WINDOWS = 8  # windows in one batched product: enough for two cores, small enough for their caches
-_FEW = 8  # rows of a window when groups have few rows at best, and the time is that of reading weights once
+_FEW = 4  # rows of a window when groups have few at best: what counts is reading weights once, and eight take longer
 
 
 def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs: bool, out_dtype) -> jax.Array:
@@ -149,17 +149,21 @@ class Layout:
         ends = jnp.cumsum(-(-beyond // self.window), dtype=jnp.int32)
         starts = ends - -(-beyond // self.window)
 
+        # All windows at once, outside the loop: a handful of small operations in it cost as much as a window of four.
+        most = min(self.rows, ends.shape[0] + self.rows // self.window)
+        number = jnp.arange(-(-most // self.windows) * self.windows, dtype=jnp.int32)
+        group = jnp.sum(number[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
+        last = jnp.minimum(group, ends.shape[0] - 1)
+        begin = self.metadata.starts[last] + self.base + (number - starts[last]) * self.window
+        # the last window may not stick out of the array: it starts earlier, and rows before `begin` don't count
+        first = jnp.clip(begin, 0, self.rows - self.window)
+        end = jnp.where(number < ends[-1], self.metadata.ends[last], 0)
+
         def body(i, carry):
-            number = i * self.windows + jnp.arange(self.windows, dtype=jnp.int32)
-            group = jnp.sum(number[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-            last = jnp.minimum(group, ends.shape[0] - 1)
-            begin = self.metadata.starts[last] + self.base + (number - starts[last]) * self.window
-            # the last window may not stick out of the array: it starts earlier, and rows before `begin` don't count
-            first = jnp.clip(begin, 0, self.rows - self.window)
-            row = first[:, None] + jnp.arange(self.window, dtype=jnp.int32)[None, :]
-            member = (row >= begin[:, None]) & (row < self.metadata.ends[last][:, None])
-            member &= (number < ends[-1])[:, None]
-            return step(carry, Windows(first, last, member))
+            table = (lax.dynamic_slice_in_dim(a, i * self.windows, self.windows) for a in (begin, end, first, last))
+            here, there, top, group = table
+            row = top[:, None] + jnp.arange(self.window, dtype=jnp.int32)[None, :]
+            return step(carry, Windows(top, group, (row >= here[:, None]) & (row < there[:, None])))
 
         return lax.fori_loop(0, -(-ends[-1] // self.windows), body, carry)
 
