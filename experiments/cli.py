@@ -24,7 +24,7 @@ import tqdm
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from moejax import environment, host_memory, schema
+from moejax import distributed, environment, host_memory, schema
 from moejax.config import Config
 from moejax.errors import UserError
 
@@ -52,10 +52,20 @@ def run(main: Callable[[], Any]) -> None:
             sys.exit(0)
         app.run(lambda _: main(), flags_parser=parse)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        line = " ".join(str(error).split())
+        print("error:", line, file=sys.stderr)
+        distributed.leave(2, line)
         sys.exit(2)
     except KeyboardInterrupt:
+        distributed.leave(130, "Ctrl-C")
         sys.exit(130)
+    except SystemExit as error:  # app.run ends with one where all went well
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        distributed.leave(code, f"exit status {code}")
+        raise
+    except Exception as error:
+        distributed.leave(1, f"{type(error).__name__}: {error}".splitlines()[0], error)
+        raise
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -195,6 +195,11 @@ def restore(directory: str | os.PathLike[str], targets: Mapping[str, PyTree] | N
     return None
 
 
+def steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The steps of which a run has checkpoints, whole or not, oldest first."""
+    return _steps(Path(directory) / "checkpoints")
+
+
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The config in the newest whole checkpoint below `directory` (see `restore` for what that may be), None
     where there is none.

@@ -6,19 +6,27 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
+from moejax import distributed
+
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Interrupts:
-    """A context in which the first Ctrl-C or SIGTERM is only noted, for a loop that looks at `asked` and calls `end`.
+    """A context in which the first Ctrl-C or SIGTERM is only noted, for a loop that asks `at` and calls `end`.
 
     A second one ends the process at once, as if there were no handler. tell: write a line to stderr when the first
-    one comes. on: False leaves signals as they are, and so does any thread but the main one, where Python allows no
-    handlers. Several processes would have to agree on the step: give on=False there.
+    one comes. Any thread but the main one leaves signals as they are, for Python allows it no handlers.
+
+    Several processes agree on the step, whichever of them got the signal: jax's own handler of SIGTERM tells the
+    others, and Ctrl-C is passed on to it. There a second SIGTERM does nothing more.
     """
 
-    def __init__(self, *, tell: bool = True, on: bool = True):
-        self.tell, self.on = tell, on
+    def __init__(self, *, tell: bool = True):
+        self.tell = tell
+        self.together = jax.process_count() > 1
         self.asked: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -28,9 +36,19 @@ class Interrupts:
         return NAMES[self.asked] if self.asked else ""
 
     def __enter__(self) -> "Interrupts":
-        if self.on and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in NAMES}
+        if threading.current_thread() is threading.main_thread():
+            mine = (signal.SIGINT,) if self.together else tuple(NAMES)
+            self._before = {number: signal.signal(number, self._note) for number in mine}
         return self
+
+    def at(self, step: int) -> bool:
+        """Whether to save and end after this step. Ask once after every step, in every process."""
+        if not self.together:
+            return self.asked is not None
+        stopping = multihost_utils.reached_preemption_sync_point(step)
+        if stopping and self.asked is None:
+            self.asked = signal.SIGTERM
+        return stopping
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -42,6 +60,8 @@ class Interrupts:
 
     def end(self) -> None:
         """Ends as the signal would have, if one was noted: KeyboardInterrupt, or SystemExit with 128 + 15."""
+        if self.asked is not None:
+            distributed.finish()
         if self.asked is signal.SIGINT:
             raise KeyboardInterrupt
         if self.asked is not None:
@@ -49,8 +69,10 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number)
-        for each in NAMES:
+        for each in self._before:
             signal.signal(each, signal.SIG_DFL)
+        if self.together:
+            signal.raise_signal(signal.SIGTERM)
         if self.tell:  # not through sys.stderr: the signal may have come in the middle of a write to it
             line = f"\n{self.name}: saving after this step; once more ends at once\n"
             os.write(2, line.encode())

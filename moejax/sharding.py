@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moejax.errors import UserError
@@ -37,7 +38,9 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Sequence[jax.Device]
     """An Auto mesh of axes `data`, `fsdp`, `expert`, `tensor`.
 
     `sizes` gives the size of each axis (1 where left out); one may be -1 and fills up. A mesh smaller than
-    `devices` takes the first ones. Raises UserError for a mesh that the devices can't form.
+    `devices` takes the first ones. Where jax tells of groups with slower links between them (`slice_index`: TPU
+    slices, hosts of GPUs), the outer axes lie across the groups (`over_groups`). Raises UserError for a mesh that the
+    devices can't form.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict.fromkeys(AXES, 1) | (sizes if sizes is not None else {"data": -1})
@@ -52,10 +55,56 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Sequence[jax.Device]
         )
     if free:
         sizes[free[0]] = len(devices) // fixed
-    count = math.prod(sizes.values())
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count]
-    )
+    shape, devices = tuple(sizes[axis] for axis in AXES), devices[: math.prod(sizes.values())]
+    idle = set(range(jax.process_count())) - {device.process_index for device in devices}
+    if idle:
+        raise UserError(f"mesh sizes {sizes} leave out all devices of process {min(idle)}: let config.mesh use them")
+    types = (AxisType.Auto,) * len(AXES)
+    groups = len({getattr(device, "slice_index", 0) for device in devices})
+    if groups == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    inside, across = over_groups(shape, groups)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+
+
+def over_groups(shape: Sequence[int], groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(inside, across): how a mesh of `shape` lies over equal groups of devices, shape = inside · across on each axis.
+
+    The outermost axes go across as far as they divide: data first, then fsdp, whose exchanges are the rarest.
+    UserError where the groups don't divide the mesh.
+    """
+    inside, across, left = [], [], groups
+    for size in shape:
+        part = math.gcd(size, left)
+        left //= part
+        inside.append(size // part)
+        across.append(part)
+    if left > 1:
+        sizes = dict(zip(AXES, shape, strict=False))
+        raise UserError(f"mesh sizes {sizes} do not divide over {groups} slices or hosts: make config.mesh.data (or "
+                        f"fsdp) a multiple of {groups}")  # fmt: skip
+    return tuple(inside), tuple(across)
+
+
+def reading(mesh: Mesh, process_index: int | None = None) -> tuple[int, int]:
+    """(index, count): which of how many equal parts of each batch this process reads, the default or the one named.
+
+    Processes whose devices hold the same rows (an axis that does not split the batch lies across them) read the same
+    part. Raises UserError where parts of processes overlap.
+    """
+    me = jax.process_index() if process_index is None else process_index
+    batch = [AXES.index(axis) for axis in RULES["batch"] or ()]
+    order = [*batch, *(i for i in range(len(AXES)) if i not in batch)]
+    parts = mesh.devices.transpose(order).reshape(math.prod(mesh.devices.shape[i] for i in batch), -1)
+    held: dict[int, set[int]] = {}
+    for part, devices in enumerate(parts):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(part)
+    distinct = sorted({tuple(sorted(mine)) for mine in held.values()})
+    if sum(map(len, distinct)) != len(parts) or len({*map(len, distinct)}) != 1:
+        raise UserError(f"mesh {dict(mesh.shape)} splits the batch unevenly over {len(held)} processes: make "
+                        "config.mesh.data, fsdp or expert a multiple of them")  # fmt: skip
+    return distinct.index(tuple(sorted(held[me]))), len(distinct)
 
 
 def spec(names: Sequence[str | None], rules: dict | None = None) -> PartitionSpec:

@@ -19,6 +19,8 @@ from moejax import (
     accounting,
     checkpoint,
     data,
+    distributed,
+    environment,
     evaluate,
     interrupts,
     metrics,
@@ -26,6 +28,7 @@ from moejax import (
     optimizer,
     published,
     routing_stats,
+    schema,
     sharding,
 )  # fmt: skip
 from moejax import config as configs
@@ -62,6 +65,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     config = with_vocabulary(config, corpus.vocab_size)
     check_resumable(stored, config, workdir)
     check_batch(config, mesh)
+    if jax.process_count() > 1:
+        distributed.check_alike(facts(config, workdir, corpus.content_hash))
 
     model: nn.Module = LM(config.model) if family is None else published.model(family, config, corpus.vocab_size)
     tx = optimizer.make(config.optimizer)
@@ -86,7 +91,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     if family is not None and jax.process_index() == 0:
         published.keep_beside(config.train.init_from or "", workdir)
     saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints, start=start)
-    interrupt = interrupts.Interrupts(tell=progress, on=jax.process_count() == 1)
+    interrupt = interrupts.Interrupts(tell=progress)
     with jax.set_mesh(mesh), writer, saver, interrupt:
         again = start == 0 and writer.has_lines()
         writer.cut_after(start)
@@ -98,7 +103,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         if again:
             writer.say(f"there is no checkpoint in {workdir}: the run begins again at step 1")
         placement = sharding.batch_sharding(mesh)
-        batches = data.train_iterator(corpus, config.data, config.seed, start_step=start)
+        batches = data.train_iterator(corpus, config.data, config.seed, start, *sharding.reading(mesh))
         evaluation = functools.partial(_evaluate, model, corpus, config, mesh)
         held_out = corpus.heldout_windows > 0
         if not held_out:
@@ -129,7 +134,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
                 state = reset_load(state)
                 since = step
             evaluate_now = held_out and (step == config.train.steps or is_due(step, config.train.eval_every))
-            stopping = interrupt.asked is not None
+            stopping = interrupt.at(step)
             save_now = stopping or step == end or is_due(step, config.train.checkpoint_every)
             if evaluate_now or save_now:
                 check_finite(step, current, saver)  # which waits for the step: it is not part of the pause
@@ -176,7 +181,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def _evaluate(model, corpus, config: Config, mesh, state: TrainState) -> dict[str, Any]:
-    batches = data.eval_batches(corpus, config.data, max_batches=config.train.eval_batches)
+    batches = data.eval_batches(corpus, config.data, config.train.eval_batches, *sharding.reading(mesh))
     return evaluate.evaluate(model, state.params, state.router_state, batches, mesh)
 
 
@@ -207,6 +212,19 @@ def check_batch(config: Config, mesh) -> None:
             f"data.batch_size={config.data.batch_size} must be a multiple of {parts}: {shards} batch shards of "
             f"the mesh × {config.train.accumulation_steps} microbatches"
         )
+
+
+def facts(config: Config, workdir: Path, content_hash: str) -> dict[str, Any]:
+    """What has to be the same in every process of a run; paths may be spelt as each host has them."""
+    own = ("config.data.source", "config.data.cache_dir", "config.data.tokenizer", "config.train.init_from")
+    fields = {f"config.{path}": value for path, value in schema.leaves(configs.to_dict(config))}
+    return {
+        **{path: value for path, value in fields.items() if path not in own},
+        **{f"the version of {name}": environment.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
+        "the git commit": environment.git_commit(Path(__file__).parent),
+        "the text's content hash": content_hash,
+        "the checkpoints in --workdir, which must be shared": checkpoint.steps(workdir),
+    }
 
 
 def restore(workdir: Path, model, tx, shardings: TrainState, content_hash: str) -> TrainState | None:

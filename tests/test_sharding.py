@@ -1,13 +1,18 @@
 """Meshes, and the one table from logical to mesh axes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from moejax import sharding
+from moejax.config import MoEConfig
 from moejax.errors import UserError
 from moejax.models.lm import LM
 
@@ -44,6 +49,83 @@ def test_meshes(sizes, shape):
 def test_meshes_that_cannot_be_formed(sizes, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(sizes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "inside", "across"),
+    [
+        ((4, 1, 2, 1), 2, (2, 1, 2, 1), (2, 1, 1, 1)),
+        ((1, 16, 4, 1), 8, (1, 2, 4, 1), (1, 8, 1, 1)),
+        ((2, 4, 1, 1), 4, (1, 2, 1, 1), (2, 2, 1, 1)),  # data can't take them all: fsdp goes across too
+        ((1, 1, 8, 1), 2, (1, 1, 4, 1), (1, 1, 2, 1)),
+    ],
+)
+def test_the_outer_axes_lie_across_hosts(shape, groups, inside, across):
+    assert sharding.over_groups(shape, groups) == (inside, across)
+
+
+@given(st.tuples(*[st.integers(1, 12)] * 4), st.integers(1, 64))
+@settings(deadline=None, max_examples=50)
+def test_a_mesh_over_groups_is_the_whole_mesh_or_an_error(shape, groups):
+    try:
+        inside, across = sharding.over_groups(shape, groups)
+    except UserError as error:
+        assert f"over {groups} slices or hosts" in str(error)
+        # One factor at a time may be refused only where the groups don't divide the mesh at all.
+        assert np.prod(shape) % groups
+    else:
+        assert tuple(np.multiply(inside, across)) == shape
+        assert np.prod(across) == groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a device, of a machine that isn't here."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "some chip"
+
+
+def test_two_hosts_of_four_lie_along_data():
+    chips = [Chip(id=i, process_index=i, slice_index=i // 4) for i in (4, 5, 6, 7, 0, 1, 2, 3)]  # in any order
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "expert": 2}, chips)
+    assert [chip.slice_index for chip in mesh.devices[0].flat] == [0] * 4
+    assert [chip.slice_index for chip in mesh.devices[1].flat] == [1] * 4
+    with pytest.raises(UserError, match="do not divide over 2 slices or hosts"):
+        sharding.over_groups((1, 3, 1, 1), 2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ({"data": 8}, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ({"fsdp": 2, "expert": 4}, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ({"data": 2, "tensor": 4}, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes hold the same rows
+        ({"tensor": 8}, [(0, 1)] * 4),
+    ],
+)
+def test_each_process_reads_the_rows_that_its_devices_hold(sizes, parts):
+    """Eight devices, two of each of four processes."""
+    mesh = sharding.make_mesh(sizes, [Chip(id=i, process_index=i // 2) for i in range(8)])
+    assert [sharding.reading(mesh, process) for process in range(4)] == parts
+
+
+def test_processes_that_would_read_overlapping_rows_are_an_error():
+    """Rows 0 1 | 1 2: four devices of process 0, then two of process 1, over three parts of the batch."""
+    chips = [Chip(id=i, process_index=int(i >= 3)) for i in range(6)]
+    with pytest.raises(UserError, match="splits the batch unevenly over 2 processes"):
+        sharding.reading(sharding.make_mesh({"data": 3, "tensor": 2}, chips), 0)
+
+
+def test_experts_that_do_not_divide_over_what_fills_up_are_one_line():
+    mesh = sharding.make_mesh({"expert": -1})
+    moe = MoEConfig(router="moejax.routing:top_k", num_experts=6, experts_per_token=2, expert_width=16)
+    boxed = jax.eval_shape(LM(small.model_config(moe)).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    with pytest.raises(UserError, match="'experts' of size 6 does not divide over mesh axis 'expert' of size 8"):
+        sharding.shardings(mesh, boxed["params"])
 
 
 def test_specs_by_hand():

@@ -15,7 +15,7 @@ import pytest
 import small
 from jax.experimental.compilation_cache import compilation_cache
 
-from moejax import checkpoint, data, metrics, optimizer, sharding, train
+from moejax import checkpoint, data, metrics, optimizer, sharding, train, train_step
 from moejax.config import Config, MeshConfig
 from moejax.errors import UserError
 from moejax.models.lm import LM
@@ -55,9 +55,7 @@ def config(place, name="dense", mesh=None, train=None, **fields) -> Config:
         source=f"text:{place}/text/*.txt", cache_dir=str(place / "cache"), sequence_length=16, batch_size=8
     )
     optimizer = dataclasses.replace(base.optimizer, decay_steps=None)
-    return dataclasses.replace(
-        base, data=source, optimizer=optimizer, mesh=mesh or MeshConfig(data=1), **fields
-    )
+    return dataclasses.replace(base, data=source, optimizer=optimizer, mesh=mesh or MeshConfig(data=1), **fields)
 
 
 def go(config, workdir, stop_at=None):
@@ -219,7 +217,9 @@ def test_init_from_with_and_without_selection_biases(tmp_path, old, new, caplog)
         moe = dataclasses.replace(small.ROUTERS["aux_free"], router=small.ROUTERS[name].router, bias_update_rate=0.0)
         settings = small.config(moe)
         model, tx = LM(settings.model), optimizer.make(settings.optimizer)
-        return train.create(model, tx, mesh, 0), train.state_shardings(model, tx, mesh)
+        shapes = jax.eval_shape(functools.partial(train_step.init, model, tx), jax.random.key(0))
+        places = train.state_shardings(model, tx, mesh)
+        return jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), places), places
 
     before, _ = begin(old)
     before = jax.tree.map(lambda a: a + jnp.ones((), a.dtype), before)
@@ -382,14 +382,14 @@ def test_a_signal_ends_the_run_after_the_step_and_a_save(place, tmp_path, monkey
     to_devices = train.to_devices
     monkeypatch.setattr(train, "to_devices", fetch)
     with pytest.raises(raised) as ended, caplog.at_level(logging.INFO, logger="moejax"):
-        go(config(place, "aux_free"), tmp_path / "run")
+        go(config(place), tmp_path / "run")
     assert signal.getsignal(number) == before
     assert number == signal.SIGINT or ended.value.code == 143
     assert f"{name}: step 5 is saved; the same command continues from there" in caplog.messages
     assert trees(tmp_path / "run")[0] == 5
     monkeypatch.undo()
-    go(config(place, "aux_free"), tmp_path / "run")
-    assert_same_run(tmp_path / "run", undisturbed(place, "aux_free"))
+    go(config(place), tmp_path / "run")
+    assert_same_run(tmp_path / "run", undisturbed(place, "dense"))
 
 
 def test_another_config_is_refused_with_what_changed(place, tmp_path):
@@ -413,9 +413,7 @@ def test_changed_text_is_refused(place, tmp_path):
     with (tmp_path / "text" / "000.txt").open("a") as file:
         file.write("more\n")
     changed = config(place)
-    changed = dataclasses.replace(
-        changed, data=dataclasses.replace(changed.data, source=f"text:{tmp_path}/text/*.txt")
-    )
+    changed = dataclasses.replace(changed, data=dataclasses.replace(changed.data, source=f"text:{tmp_path}/text/*.txt"))
     with pytest.raises(UserError, match="the text has changed since step 5"):
         go(changed, workdir)
 

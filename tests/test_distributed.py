@@ -1,0 +1,215 @@
+"""Several processes of one run on this machine: what they refuse, what ends them, and that they train as one does."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import small
+from processes import ROOT
+from test_train import trees
+
+from moejax import distributed
+from moejax.distributed import Life
+from moejax.errors import UserError
+
+# A process, with a shorter patience than 30 s for another's silence.
+PROCESS = """
+import runpy, sys
+from moejax import distributed
+distributed.BEAT_SECONDS, distributed.SILENCE_SECONDS = 0.3, 3.0
+sys.argv[0] = "experiments/train.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+DEVICES = 4  # of all processes together
+
+
+class Run:
+    """The processes of one run: `start` them, look at them, `end` them all."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.processes = []
+        small.write_text(folder / "text")
+
+    def start(self, count, name, *more, one=()):
+        """`count` processes over DEVICES devices that train the config `name`; `one`: flags of the last one alone."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(DEVICES // count),
+            "MOEJAX_CACHE": str(self.folder / "cache"), "JAX_COMPILATION_CACHE_DIR": str(self.folder / "xla"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }  # fmt: skip
+        flags = [
+            f"--workdir={self.folder / 'run'}", f"--config=experiments/configs/{name}.py",
+            f"--config.data.source=text:{self.folder}/text/*.txt", "--config.data.eval_fraction=0",
+            "--config.model.num_layers=1", "--config.model.width=32", "--config.model.ffn_width=32",
+            "--config.data.sequence_length=16", "--config.data.batch_size=8", "--config.optimizer.decay_steps=1000",
+            "--config.train.log_every=1", "--config.train.checkpoint_every=4", *more,
+        ]  # fmt: skip
+        self.processes = []
+        for i in range(count):
+            several = ["--distributed", f"--coordinator=localhost:{port}", f"--process_id={i}"]
+            several = [*several, f"--num_processes={count}"] if count > 1 else []
+            own = [*several, *(one if i == count - 1 else ())]
+            with open(self.folder / f"err{i}", "wb") as file:
+                command = [sys.executable, "-c", PROCESS, *flags, *own]
+                self.processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
+
+    def end(self, seconds=120):
+        """Waits for all: [(status, what it said)]."""
+        try:
+            codes = [process.wait(seconds) for process in self.processes]
+        finally:
+            self.kill()
+        return [(code, (self.folder / f"err{i}").read_text()) for i, code in enumerate(codes)]
+
+    def kill(self):
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+                process.wait()
+
+    def lines(self):
+        with open(self.folder / "run" / "metrics.jsonl") as file:
+            return [json.loads(line) for line in file if line.endswith("\n")]
+
+    def wait_for_step(self, step, seconds=120):
+        deadline = time.monotonic() + seconds
+        while not (self.folder / "run" / "checkpoints" / str(step)).is_dir():
+            assert time.monotonic() < deadline and all(p.poll() is None for p in self.processes), self.end(1)
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path)
+    yield run
+    run.kill()
+
+
+DENSE = ("dense", "--config.mesh.fsdp=2")
+SPARSE = ("fine_grained_aux_free", "--config.model.moe.num_experts=8", "--config.mesh.expert=2")
+LONG = "--config.train.steps=5000"
+
+
+def assert_as_one_process(run, steps, config):
+    """The run's lines and state equal those of one process that never stopped, but for the order of sums."""
+    found, (_, arrays) = run.lines(), trees(run.folder / "run")
+    shutil.rmtree(run.folder / "run")
+    run.start(1, *config, f"--config.train.steps={steps}")
+    assert run.end()[0][0] == 0
+    wanted, (_, reference) = run.lines(), trees(run.folder / "run")
+    assert [line["step"] for line in found] == [line["step"] for line in wanted] == list(range(1, steps + 1))
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose([line[name] for line in found], [line[name] for line in wanted], rtol=2e-5)
+    assert len({line["loss"] for line in wanted}) == steps  # no two batches are alike
+    for name, value in reference.items():
+        if name.startswith("router_state"):  # moved by signs of whole numbers
+            np.testing.assert_array_equal(arrays[name], value, err_msg=name)
+        elif name.startswith("params"):
+            np.testing.assert_allclose(arrays[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_one_of_them_killed_and_one_goes_on(run):
+    run.start(2, *DENSE, LONG)
+    run.wait_for_step(4)
+    run.processes[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    (code, said), (status, _) = run.end()
+    assert (code, status) == (1, -signal.SIGKILL)
+    assert time.monotonic() - killed < 10  # silence of 3 s here: of 30 s, it would be 37
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert f"process 1 ({socket.gethostname()}) gave no sign of life" in line
+    last = run.lines()[-1]["step"] + 2
+    run.start(1, *DENSE, f"--config.train.steps={last}")
+    ((code, said),) = run.end()
+    assert code == 0, said
+    assert "continuing from the checkpoint of step" in said
+    assert_as_one_process(run, last, DENSE)
+
+
+@pytest.mark.slow
+def test_four_processes_stop_together_at_a_signal_and_one_goes_on(run):
+    """Experts lie across processes, two by two; a restart on one compiles what the reference compiles."""
+    run.start(4, *SPARSE, LONG)
+    run.wait_for_step(4)
+    run.processes[2].send_signal(signal.SIGTERM)
+    ended = run.end()
+    assert [code for code, _ in ended] == [143] * 4, ended
+    assert "error" not in "".join(said for _, said in ended)
+    stopped = run.lines()[-1]["step"]
+    assert f"SIGTERM: step {stopped} is saved" in ended[0][1]
+    assert all("step" not in said for _, said in ended[1:])  # only process 0 tells
+    run.start(1, *SPARSE, f"--config.train.steps={stopped + 3}")
+    ended = run.end()
+    assert ended[0][0] == 0, ended
+    assert f"continuing from the checkpoint of step {stopped}" in ended[0][1]
+    assert_as_one_process(run, stopped + 3, SPARSE)
+
+
+def test_processes_with_different_configs_stop_before_the_first_step(run):
+    run.start(2, *DENSE, LONG, one=["--config.optimizer.learning_rate=0.5"])
+    for code, said in run.end():
+        assert code == 2 or (code == 1 and "ended" in said)
+        assert "process 1 differs from process 0 in config.optimizer.learning_rate (0.5, and 0.00" in said
+        assert "Traceback" not in said
+    assert not (run.folder / "run").exists()
+
+
+def test_the_first_difference_is_named_with_both_values():
+    assert distributed.difference({"a": 1, "b": [2]}, {"a": 1, "b": [2]}) == ""
+    assert distributed.difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b (3, and 2 in process 0)"
+    assert distributed.difference({"a": 1}, {"b": 1}) == "a (None, and 1 in process 0)"
+
+
+def test_who_ended_is_told_from_signs_of_life():
+    seen: dict[int, tuple[int, float]] = {}
+    both = {1: Life("left", beat=4), 2: Life("right", beat=7)}
+    assert distributed.verdict(both, seen, now=100.0) is None
+    both[1] = Life("left", beat=5)
+    assert distributed.verdict(both, seen, now=129.0) is None
+    assert distributed.verdict(both, seen, now=130.0) is None  # 2 is silent for 30 s: not longer than that
+    line = distributed.verdict(both, seen, now=131.0)
+    assert line is not None and line.startswith(
+        "process 2 (right) gave no sign of life for 31 s: it died or lost its network"
+    )
+    both[2] = Life("right", beat=7, ended="")  # done: silence is no news
+    assert distributed.verdict(both, seen, now=150.0) is None
+    both[2] = Life("right", beat=8, ended="the disk is full")
+    assert distributed.verdict(both, seen, now=151.0) == "process 2 (right) ended: the disk is full"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "a:1"}, "--process_id and --num_processes not given; give --coordinator=HOST:PORT"),
+        ({"coordinator": "a", "process_id": 0, "num_processes": 1}, "--coordinator=a: give HOST:PORT"),
+        ({"coordinator": "a:1", "process_id": 2, "num_processes": 2}, "--process_id=2: it must lie in 0 … 1"),
+        ({}, "neither Slurm, Cloud TPU, GKE nor MPI started this process"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(given, message, monkeypatch):
+    # These tests have asked for devices already, of which jax would complain first.
+    monkeypatch.setattr(jax.distributed, "initialize", jax._src.distributed.global_state.initialize)
+    with pytest.raises(UserError) as error:
+        distributed.initialize(**given)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_one_process_is_alike_and_leaves_as_ever():
+    distributed.check_alike({"a": 1})
+    distributed.finish()
+    distributed.leave(2, "why")
