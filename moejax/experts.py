@@ -101,7 +101,8 @@ def _blocks_forward(activation, rows, gate, up, down, metadata):
 
     def step(out: Array, windows: Windows) -> Array:
         weights = (windows.of_group(w) for w in (gate, up, down))
-        return windows.put(out, block(windows.take(rows), *weights)[0])
+        values = block(windows.take(rows), *weights)[0]
+        return windows.each(lambda i, out: windows.put(i, out, values), out)
 
     return layout.overflow(step, out), (rows, gate, up, down, metadata, a, b)
 
@@ -131,14 +132,18 @@ def _blocks_backward(activation, residuals, grad):
         dx = layout.unpad(padded)
 
     def step(carry: tuple, windows: Windows) -> tuple:
-        dx, dweights = carry
         weights = [windows.of_group(w) for w in (gate, up, down)]
         x = windows.take(rows)
         # the overflow's a and b are computed again: kept, they would take room for all rows that might overflow
         a, b = dot(x, weights[0], dtype), dot(x, weights[1], dtype)
         dwindow, terms = block(x, a, b, windows.take(grad), *weights)
-        sums = tuple(windows.add_to_group(total, term) for total, term in zip(dweights, terms, strict=True))
-        return windows.put(dx, dwindow), sums
+
+        def put(i, carry: tuple) -> tuple:
+            dx, dweights = carry
+            sums = (windows.add_to_group(i, total, term) for total, term in zip(dweights, terms, strict=True))
+            return windows.put(i, dx, dwindow), tuple(sums)
+
+        return windows.each(put, carry)
 
     dx, dweights = layout.overflow(step, (dx, dweights))
     dgate, dup, ddown = (d.astype(dtype) for d in dweights)

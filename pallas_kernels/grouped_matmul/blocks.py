@@ -38,7 +38,7 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs: bool,
 
     def step(out, windows):
         product = dot(windows.take(lhs), windows.of_group(rhs), out_dtype, transpose_rhs)
-        return windows.put(out, product)
+        return windows.each(lambda i, out: windows.put(i, out, product), out)
 
     return layout.overflow(step, out)
 
@@ -52,7 +52,8 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype) -> jax.Arra
         out = vary_alike(jnp.zeros((*group_sizes.shape, lhs.shape[1], grad.shape[1]), jnp.float32), lhs)[0]
 
     def step(out, windows):
-        return windows.add_to_group(out, dot_rows(windows.take(lhs), windows.take(grad)))
+        terms = dot_rows(windows.take(lhs), windows.take(grad))
+        return windows.each(lambda i, out: windows.add_to_group(i, out, terms), out)
 
     return layout.overflow(step, out).astype(out_dtype)
 
@@ -84,29 +85,24 @@ class Windows:
         slices = jax.vmap(lambda first: lax.dynamic_slice_in_dim(rows, first, W))(self.first)
         return jnp.where(self.member[:, :, None], slices, 0)
 
-    def put(self, rows: jax.Array, values: jax.Array) -> jax.Array:
-        """rows (M, D) with values (n, W, D) in the rows that count."""
-        W = self.member.shape[1]
+    def each[Carry](self, one: Callable[[jax.Array, Carry], Carry], carry: Carry) -> Carry:
+        """Folds one(i, carry) over the windows, one after another, since they may share rows and groups."""
+        return lax.fori_loop(0, self.first.shape[0], one, carry)
 
-        def one(i, rows):
-            first = self.first[i]
-            old = lax.dynamic_slice_in_dim(rows, first, W)
-            return lax.dynamic_update_slice_in_dim(rows, jnp.where(self.member[i][:, None], values[i], old), first, 0)
-
-        return lax.fori_loop(0, self.first.shape[0], one, rows)
+    def put(self, i, rows: jax.Array, values: jax.Array) -> jax.Array:
+        """rows (M, D) with values (n, W, D) in the rows of window i that count."""
+        first = self.first[i]
+        old = lax.dynamic_slice_in_dim(rows, first, self.member.shape[1])
+        return lax.dynamic_update_slice_in_dim(rows, jnp.where(self.member[i][:, None], values[i], old), first, 0)
 
     def of_group(self, weights: jax.Array) -> jax.Array:
         """(E, …) -> (n, …): each window's group."""
         return weights.at[self.group].get(mode="clip")
 
-    def add_to_group(self, sums: jax.Array, values: jax.Array) -> jax.Array:
-        """sums (E, …) with values (n, …) added to each window's group; one after another, since groups repeat."""
-
-        def one(i, sums):
-            old = lax.dynamic_index_in_dim(sums, self.group[i])
-            return lax.dynamic_update_slice_in_dim(sums, old + values[i][None], self.group[i], 0)
-
-        return lax.fori_loop(0, self.first.shape[0], one, sums)
+    def add_to_group(self, i, sums: jax.Array, values: jax.Array) -> jax.Array:
+        """sums (E, …) with window i of values (n, …) added to its group."""
+        old = lax.dynamic_index_in_dim(sums, self.group[i])
+        return lax.dynamic_update_slice_in_dim(sums, old + values[i][None], self.group[i], 0)
 
 
 @dataclasses.dataclass(frozen=True)
