@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moejax import dispatch, exchange, experts, routing, sharding
+from moejax import dispatch, exchange, experts, few_tokens, routing, sharding
 
 
 def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_experts: int, implementation=None, way=None):
@@ -46,8 +46,11 @@ def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_expert
 
 def _local(x, decision, weights, *, num_experts, implementation):
     tokens = x.reshape(-1, x.shape[-1])
+    flat = flatten(decision, tokens.shape[0])
+    if few_tokens.suits(flat, implementation):
+        return few_tokens.mixture(tokens, flat, weights).reshape(x.shape)
     with jax.named_scope("dispatch"):
-        plan = dispatch.plan(flatten(decision, tokens.shape[0]), num_experts)
+        plan = dispatch.plan(flat, num_experts)
         rows = dispatch.gather(tokens, plan)
     with jax.named_scope("experts"):
         rows = experts.gated_ffn(

@@ -11,6 +11,7 @@ from jax import lax
 from moejax.errors import UserError
 
 CACHE_STEP = 128  # caches grow in steps of this many positions, so that few lengths are compiled
+_PIECE = 64  # logits, of which the largest is taken first
 AHEAD = 32  # tokens that the device makes before it is asked for them: the host then costs it nothing
 
 
@@ -21,7 +22,7 @@ def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) 
     (nucleus sampling, Holtzman 2020), always at least the likeliest.
     """
     if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _argmax(logits)
     logits = logits / temperature
     if top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -29,6 +30,15 @@ def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) 
         least = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def _argmax(logits: jax.Array) -> jax.Array:
+    """`jnp.argmax` of logits (B, V), the first of equals, in two stages: over all at once takes five times as long."""
+    B, V = logits.shape
+    rows = jnp.pad(logits, ((0, 0), (0, -V % _PIECE)), constant_values=-jnp.inf).reshape(B, -1, _PIECE)
+    best = jnp.argmax(jnp.max(rows, axis=-1), axis=-1)
+    within = jnp.argmax(jnp.take_along_axis(rows, best[:, None, None], axis=1)[:, 0], axis=-1)
+    return (best * _PIECE + within).astype(jnp.int32)
 
 
 def _apply(model, variables, cache, tokens, positions, real, logits_at, cache_length):

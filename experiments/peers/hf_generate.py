@@ -1,9 +1,11 @@
-"""Prefill and decode tokens/s of a small OLMoE in transformers on the CPU: the peer of benchmark_decode.py.
+"""Prefill and decode tokens/s of an OLMoE in transformers: the peer of benchmark_decode.py.
 
 Standalone: runs in an interpreter of its own that has torch and transformers. Prints one JSON object a line, one for
-each of its expert implementations.
+each batch and each of its ways: on a CPU its expert implementations, on a GPU also a static cache, which `generate`
+compiles for. A way that fails is named on stderr and left out.
 """
 
+import gc
 import json
 import statistics
 import sys
@@ -15,26 +17,55 @@ import transformers
 sizes = json.loads(sys.argv[1])
 torch.set_num_threads(sizes["threads"])
 torch.manual_seed(0)
+device = "cuda" if sizes["gpu"] else "cpu"
 config = transformers.OlmoeConfig(**sizes["config"], eos_token_id=None, pad_token_id=0)
-prompts = torch.randint(1, config.vocab_size, (sizes["batch"], sizes["prompt"]))
 
 
-def seconds(model, new_tokens: int) -> float:
+def seconds(model, prompts, new_tokens: int, options: dict) -> float:
     start = time.perf_counter()
-    model.generate(prompts, max_new_tokens=new_tokens, do_sample=False, attention_mask=torch.ones_like(prompts))
+    model.generate(
+        prompts, max_new_tokens=new_tokens, do_sample=False, attention_mask=torch.ones_like(prompts), **options
+    )
+    if sizes["gpu"]:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
-for experts in ("eager", "grouped_mm"):
+def ways(batch: int) -> list[tuple[str, dict]]:
+    """(expert implementation, options of generate)."""
+    if not sizes["gpu"]:
+        return [("eager", {}), ("grouped_mm", {})]
+    static = {"cache_implementation": "static"}
+    if batch == 1:
+        return [("grouped_mm", static), ("grouped_mm", {}), ("batched_mm", static)]
+    return [("grouped_mm", static), ("grouped_mm", {})]
+
+
+with torch.device(device):
     model = transformers.AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=experts
+        config, dtype=getattr(torch, sizes["dtype"]), attn_implementation="sdpa", experts_implementation="eager"
     ).eval()
-    seconds(model, 2)
-    pairs = [(seconds(model, 1), seconds(model, 1 + sizes["new"])) for _ in range(sizes["repeats"])]
-    found = {
-        "experts": experts,
-        "prefill": statistics.median(first for first, _ in pairs),
-        "decode": statistics.median(whole - first for first, whole in pairs),
-        "transformers": transformers.__version__,
-    }
-    print(json.dumps(found), flush=True)
+for batch in sizes["batches"]:
+    prompts = torch.randint(1, config.vocab_size, (batch, sizes["prompt"]), device=device)
+    for experts, options in ways(batch):
+        try:
+            model.set_experts_implementation(experts)
+            torch.compiler.reset()
+            for count in (1, sizes["new"]) if sizes["gpu"] else (2,):
+                seconds(model, prompts, count, options)
+            pairs = [
+                (seconds(model, prompts, 1, options), seconds(model, prompts, sizes["new"], options))
+                for _ in range(sizes["repeats"])
+            ]
+        except Exception as error:  # a way that this version has not
+            print(f"{experts} {options}: {type(error).__name__}: {error}", file=sys.stderr)
+            continue
+        found = {
+            "way": experts + (", static cache, compiled" if options else ""),
+            "batch": batch,
+            "prefill": statistics.median(first for first, _ in pairs),
+            "decode": statistics.median(whole - first for first, whole in pairs),
+            "transformers": transformers.__version__,
+        }
+        print(json.dumps(found), flush=True)
+        gc.collect()
