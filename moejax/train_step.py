@@ -98,13 +98,6 @@ def create(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed:
     return make(jax.random.key(seed))
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """Σ −log p(target) in nats over unmasked targets: logits (B, L, V) f32, targets (B, L) int, mask (B, L) bool."""
-    with jax.named_scope("loss"):
-        nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return jnp.sum(jnp.where(mask, nats, 0.0))
-
-
 def places(tree: Any, name: str) -> list[Any]:
     """What stands under the key `name` at any depth of nested dicts, in the order of the layers: 2 before 10."""
     if not isinstance(tree, dict):
@@ -151,19 +144,22 @@ def moved_biases(router_state: Any, selected: jax.Array, rate: float) -> Any:
 
 
 def forward(model, params, router_state, batch, mode, key=None):
-    """(logits (B, L, V), losses, tallies): losses unweighted, tallies {} for a dense model, else stacked by layer."""
+    """(nats, losses, tallies): nats the sum over unmasked targets, f32; losses unweighted; tallies {} for a dense
+    model, else stacked by layer."""
     variables = {"params": params} | ({"router_state": router_state} if router_state else {})
-    (logits, losses), sown = model.apply(
+    (nats, losses), sown = model.apply(
         variables,
         batch["tokens"],
         batch["positions"],
         batch["segment_ids"],
         return_losses=True,
         mode=mode,
+        targets=batch["targets"],
+        mask=batch["mask"],
         rngs=None if key is None else {"routing": key},
         mutable=["intermediates"],
     )
-    return logits, losses, layer_tallies(sown.get("intermediates", {}))
+    return nats, losses, layer_tallies(sown.get("intermediates", {}))
 
 
 def weighted(moe: MoEConfig, losses: dict[str, jax.Array]) -> jax.Array:
@@ -177,8 +173,7 @@ def weighted(moe: MoEConfig, losses: dict[str, jax.Array]) -> jax.Array:
 def loss_fn(params, router_state, batch, key, *, model, moe, count):
     """nats / count + this part's share of the `count` tokens · auxiliary losses, and what the step reports: sums that
     add up over microbatches."""
-    logits, losses, tallies = forward(model, params, router_state, batch, "train", key)
-    nats = cross_entropy(logits, batch["targets"], batch["mask"])
+    nats, losses, tallies = forward(model, params, router_state, batch, "train", key)
     share = jnp.sum(batch["mask"], dtype=jnp.float32) / count
     losses = jax.tree.map(lambda loss: share * loss, losses)
     total = nats / count + weighted(moe, losses)

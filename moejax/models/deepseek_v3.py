@@ -8,9 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
-from moejax import hf_tensors, layers
+from moejax import hf_tensors, layers, loss
 from moejax.config import MoEConfig
 from moejax.models import deepseek_v2, family, parts
 from moejax.rope import Rope
@@ -102,11 +101,9 @@ class DeepseekV3(parts.Decoder):
         for k in range(self.config.num_nextn_predict_layers):
             ahead = jnp.take(table, _shifted(inputs.tokens, k + 1), axis=0).astype(x.dtype)
             x = NextToken(self.config, k, self.implementation, name=f"mtp_{k}")(x, ahead, inputs)
-            logits = layers.linear(x, kernel, jnp.float32)
-            targets = _shifted(inputs.tokens, k + 2)
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             counted = inputs.mask & (_shifted(inputs.segment_ids, k + 2) == inputs.segment_ids)
-            nats.append(jnp.sum(jnp.where(counted, each, 0.0)) / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0))
+            total = loss.of_hidden(x, kernel, _shifted(inputs.tokens, k + 2), counted)
+            nats.append(total / jnp.maximum(jnp.sum(counted, dtype=jnp.float32), 1.0))
         return {"mtp_loss": jnp.mean(jnp.stack(nats))} if nats else {}
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moejax import layers, sharding
+from moejax import layers, loss, sharding
 from moejax.attention import Attention
 from moejax.config import ModelConfig
 from moejax.errors import UserError
@@ -76,7 +76,8 @@ class LM(nn.Module):
     `return_losses=True` also the unweighted losses of the MoE layers, each the mean over layers: {} for a dense
     model. `mode` "train" uses noise (rng `routing`) and the training capacity, "evaluate" is deterministic, "generate"
     never drops. `cache_length` M > 0 reads and writes keys and values in the collection `cache`. `logits_at` (B,) int
-    asks for the logits (B, 1, V) of one place of each row alone.
+    asks for the logits (B, 1, V) of one place of each row alone; `targets` (B, L) int and `mask` (B, L) bool, in place
+    of logits, for Σ −log p(target) over unmasked targets, f32, with no more logits at a time than `loss` allows.
     """
 
     config: ModelConfig
@@ -91,6 +92,8 @@ class LM(nn.Module):
         mode: Mode = "evaluate",
         cache_length=0,
         logits_at=None,
+        targets=None,
+        mask=None,
     ):
         config = self.config
         if config.vocab_size is None:
@@ -118,16 +121,19 @@ class LM(nn.Module):
         x = layers.RMSNorm(config.norm_eps, name="final_norm")(x)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-        with jax.named_scope("head"):
-            if config.tie_embeddings:
-                logits = embedding.attend(x)
-            else:
-                init, shape = layers.fan_in_init(0, 1, config.init_scale), (config.width, config.vocab_size)
-                kernel = layers.parameter(self, "unembedding", init, shape, ("embed", "vocab"))
-                logits = layers.linear(x, kernel, jnp.float32)
+        if config.tie_embeddings:
+            kernel = embedding.unembedding()
+        else:
+            init, shape = layers.fan_in_init(0, 1, config.init_scale), (config.width, config.vocab_size)
+            kernel = layers.parameter(self, "unembedding", init, shape, ("embed", "vocab"))
+        if targets is not None:
+            out = loss.of_hidden(x, kernel, targets, mask)
+        else:
+            with jax.named_scope("head"):
+                out = layers.linear(x, kernel, jnp.float32)
         if return_losses:
-            return logits, jax.tree.map(jnp.mean, losses)
-        return logits
+            return out, jax.tree.map(jnp.mean, losses)
+        return out
 
     def _stack(self, block, length: int):
         """`block` repeated `length` times by a scan with stacked parameters, rematerialised as the config asks."""

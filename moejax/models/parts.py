@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moejax import attention, layers, sharding
+from moejax import attention, layers, loss, sharding
 from moejax.moe import Mode
 
 INIT = nn.initializers.normal(0.02)
@@ -132,7 +132,8 @@ class Decoder(nn.Module):
     `apply(variables, tokens, positions=None, segment_ids=None)` gives float32 logits (B, L, V) for tokens (B, L) int;
     positions default to 0 … L − 1, segment_ids (0 where padded) to one segment. With `return_losses=True` also the
     unweighted losses of the MoE layers, each the mean over layers. `cache_length` M > 0 reads and writes the collection
-    `cache`; `logits_at` (B,) int asks for the logits (B, 1, V) of one place of each row alone. A family sets `block`,
+    `cache`; `logits_at` (B,) int asks for the logits (B, 1, V) of one place of each row alone; `targets` (B, L) int
+    and `mask` (B, L) bool for Σ −log p(target) over unmasked targets, f32, in place of logits. A family sets `block`,
     and overrides what it has of its own.
 
     config: the family's. dtype: of the compute; parameters are float32 unless loaded otherwise. remat: recompute each
@@ -156,6 +157,8 @@ class Decoder(nn.Module):
         mode: Mode = "evaluate",
         cache_length=0,
         logits_at=None,
+        targets=None,
+        mask=None,
     ):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -173,14 +176,17 @@ class Decoder(nn.Module):
             x, found = layer(x, inputs)
             losses += [found] if found else []
         x, kernel = self.final_norm()(x), self.head(table)
-        with jax.named_scope("head"):
-            wanted = x if logits_at is None else jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
-            logits = self.scale_logits(layers.linear(wanted, kernel, jnp.float32))
+        if targets is not None:
+            out = loss.of_hidden(x, kernel, targets, mask, self.scale_logits)
+        else:
+            with jax.named_scope("head"):
+                wanted = x if logits_at is None else jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
+                out = self.scale_logits(layers.linear(wanted, kernel, jnp.float32))
         if not return_losses and not self.is_initializing():
-            return logits
+            return out
         means = {name: jnp.mean(jnp.stack([one[name] for one in losses])) for name in (losses or [{}])[0]}
         means |= self.further_losses(x, inputs, table, kernel)
-        return (logits, means) if return_losses else logits
+        return (out, means) if return_losses else out
 
     def scale_embedding(self, x: jax.Array) -> jax.Array:
         return x
