@@ -49,6 +49,11 @@ def _local(x, decision, weights, *, num_experts, implementation):
     flat = flatten(decision, tokens.shape[0])
     if few_tokens.suits(flat, implementation):
         return few_tokens.mixture(tokens, flat, weights).reshape(x.shape)
+    return _sorted(tokens, flat, weights, num_experts, implementation).reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))  # traced and lowered once, not in each of a model's layers
+def _sorted(tokens, flat, weights, num_experts, implementation):
     with jax.named_scope("dispatch"):
         plan = dispatch.plan(flat, num_experts)
         rows = dispatch.gather(tokens, plan)
@@ -57,7 +62,7 @@ def _local(x, decision, weights, *, num_experts, implementation):
             rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes, implementation=implementation
         )
     with jax.named_scope("combine"):
-        return dispatch.combine(rows, plan, tokens.shape[0]).reshape(x.shape)
+        return dispatch.combine(rows, plan, tokens.shape[0])
 
 
 def _by_gather(x, decision, weights, *, implementation):
