@@ -1,6 +1,6 @@
 """Rows by plain 16-byte reads and writes, which is all that moving rows needs, in Mosaic GPU.
 
-A block takes one token and up to 1024 of its columns, the columns of a token one block after another, so that its K
+A block takes one token and up to 2048 of its columns, the columns of a token one block after another, so that its K
 rows are read or written whole while they are open in memory.
 
 Limits: Hopper; bfloat16, float16 or float32; D a multiple of 128.
@@ -15,7 +15,8 @@ from jax import lax
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.vary import vary_alike
 
-_WIDEST = 1024  # columns of a block: 16 bytes for each of 128 threads
+_WIDEST = 2048  # columns of a block
+_THREADS = 128
 
 
 def why_not(rows) -> str | None:
@@ -103,13 +104,19 @@ def combine_gradients(rows, slot, weight, grad):
     return drows, dweight
 
 
+def _vector(D: int) -> int:
+    """Neighbouring columns of a thread: up to eight, a power of two."""
+    return min(D // _THREADS & -(D // _THREADS), 8)
+
+
 def _width(D: int) -> int:
-    """The largest power of two that divides D, up to _WIDEST."""
-    return min(D & -D, _WIDEST)
+    """The most columns, up to _WIDEST, that divide D and give every thread whole vectors."""
+    unit = _THREADS * _vector(D)
+    return max(width for width in range(unit, _WIDEST + 1, unit) if D % width == 0)
 
 
 def _layout(width: int):
-    return plgpu.Layout.WG_STRIDED((width,), vec_size=min(width // 128, 8))
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=_vector(width))
 
 
 def _load(ref):

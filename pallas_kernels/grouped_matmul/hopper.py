@@ -30,8 +30,10 @@ class Tiling:
     one_warp: bool = True
 
 
-def launch(name, body, t: Tiling, out, operands, dtype):
+def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
     """The kernel around `body`, with its shared memory; out: one result or several of one dtype.
+
+    approximate: the hardware's own exponentials and logarithms, good to two units in float32's last place.
 
     operands: name -> shape of what a stage of the ring holds, a copy each; `body` gets them by name.
     """
@@ -58,6 +60,8 @@ def launch(name, body, t: Tiling, out, operands, dtype):
             "ready": plgpu.Barrier(num_arrivals=len(operands), num_barriers=2 * t.stages),
             "free": plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=1, num_barriers=t.stages),
         },
+        # what a warpgroup's threads read of each other's writes, they read after a barrier of ours
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=approximate),
     )
 
 
@@ -154,47 +158,70 @@ def walk_rows(tiles, columns: int):
     return info
 
 
+def box(M: int, E: int) -> int:
+    """How many rows a load takes: a tile's, or all M, in sixteens since each block of a pair loads a half."""
+    return min(schedule.tile_rows(M, E), pl.cdiv(M, 16) * 16)
+
+
+def load_rows(rows, stage, barrier):
+    """rows (box, 64) to the first rows of a stage, in both blocks of the pair."""
+    plgpu.copy_gmem_to_smem(rows, stage.at[pl.ds(0, rows.shape[0])], barrier, collective_axes="pair")
+
+
 def first_column(column):
     """Of this block's tile in the column-th pair."""
     return (column * 2 + lax.axis_index("pair")) * COLUMNS
 
 
-def store_whole(acc, out, at, stages, turn):
-    """acc (64, …) to out's rows and columns from `at` on; `turn`: how many rows this tile has stored before."""
+def store_whole(acc, out, at, stages, turn, turned=False):
+    """acc (64, …), turned (…, 64), to out's rows and columns from `at` on; turn: how many rows were stored before."""
     row, column = at
     pieces, _, wide = stages.shape
-    for i in range(acc.shape[1] // wide):
-        stage = stages.at[(i + turn // 64 * (acc.shape[1] // wide)) % pieces]
-        plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
-        stage[...] = acc[:, i * wide : (i + 1) * wide]
-        plgpu.commit_smem()
+    columns = acc.shape[0 if turned else 1] // wide
+    for i in range(columns):
+        before = i + turn // 64 * columns  # pieces of this tile, of which the second half's may have been left out
+        stage = stages.at[before % pieces]
+        plgpu.wait_smem_to_gmem(before if before < pieces else 1, wait_read_only=True)
+        _stage(acc, i, stage, turned)
         plgpu.copy_smem_to_gmem(stage, out.at[pl.ds(row, 64), pl.ds(column + i * wide, wide)])
 
 
-def _store_some(acc, out, at, start, stop, stage):
-    """Of acc (64, …), the rows [start, stop): as many copies as the binary number of rows has ones."""
+def _store_some(acc, out, at, start, stop, stage, turned):
+    """Of acc (64, …), turned (…, 64), the rows [start, stop): as many copies as the binary number of rows has ones."""
     row, column = at
     wide = stage.shape[1]
-    for i in range(acc.shape[1] // wide):
+    for i in range(acc.shape[0 if turned else 1] // wide):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        stage[...] = acc[:, i * wide : (i + 1) * wide]
-        plgpu.commit_smem()
+        _stage(acc, i, stage, turned)
         first = start
+        # a copy of one row is a plain run of bytes to the copy engine, which would end in the next row
+        inside = column + i * wide < out.shape[1]
         for size in (32, 16, 8, 4, 2, 1):
             target = out.at[pl.ds(row + first, size), pl.ds(column + i * wide, wide)]
             copy = functools.partial(plgpu.copy_smem_to_gmem, stage.at[pl.ds(first, size)], target)
-            pl.when(((stop - start) & size) != 0)(copy)
+            pl.when((((stop - start) & size) != 0) & inside)(copy)
             first = first + ((stop - start) & size)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def store_rows(acc, out, at, start, stop, stages, plain, *, turn=0):
-    """acc's rows [start, stop) to out's rows and columns from `at` on; turn: as of `store_whole`."""
+def _stage(acc, i, stage, turned):
+    """The i-th of acc's pieces to `stage` (64, wide), for the copy engine to see."""
+    wide = stage.shape[1]
+    if turned:
+        value = plgpu.layout_cast(acc[i * wide : (i + 1) * wide], plgpu.Layout.WGMMA_TRANSPOSED)
+        stage.transpose((1, 0))[...] = value
+    else:
+        stage[...] = acc[:, i * wide : (i + 1) * wide]
+    plgpu.commit_smem()
+
+
+def store_rows(acc, out, at, start, stop, stages, plain, *, turn=0, turned=False):
+    """acc's rows [start, stop), or columns if turned, to out's rows and columns from `at` on; turn: see store_whole."""
     row, column = at
-    for r in range(0, acc.shape[0], 64):
-        part, here = acc[r : r + 64], (row + r, column)
+    for r in range(0, acc.shape[1 if turned else 0], 64):
+        part, here = (acc[:, r : r + 64] if turned else acc[r : r + 64]), (row + r, column)
         first, last = jnp.maximum(start - r, 0), jnp.minimum(stop - r, 64)
         whole = last - first == 64
-        pl.when(whole)(functools.partial(store_whole, part, out, here, stages, turn + r))
-        some = functools.partial(_store_some, part, out, here, first, last, plain)
+        pl.when(whole)(functools.partial(store_whole, part, out, here, stages, turn + r, turned))
+        some = functools.partial(_store_some, part, out, here, first, last, plain, turned)
         pl.when((last > first) & jnp.logical_not(whole))(some)

@@ -25,8 +25,9 @@ from pallas_kernels.vary import vary_alike
 _ROWS = schedule.ROWS
 _STEP = hopper.STEP
 # a short sum wants its tile stored at once; a weight gradient, whose first and last stages are masked, a longer ring
-_FEW = 1024  # rows: up to here weights are what is moved
+_MASKED = 16  # rows of a weight gradient's stage that are masked at once
 FORWARD, DRHS = Tiling(stages=5, pieces=4), Tiling(stages=6, pieces=2)
+FEW = Tiling(stages=7, pieces=2)  # with tiles of up to 64 rows
 
 
 def why_not(lhs, rhs, transpose_rhs: bool) -> str | None:
@@ -44,45 +45,25 @@ def _hopper() -> bool:
     return device.platform == "gpu" and getattr(device, "compute_capability", "") == "9.0"
 
 
-def forward(
-    lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_dtype, tiles: Tiling | None = None, splits=None
-):
-    """(M, K) × (E, K, N) -> (M, N); with transpose_rhs, rhs is (E, N, K), read as it lies.
-
-    splits: in how many parts the sum over K is taken, None for as many as fill the chip; their float32 sums are added
-    in order.
-    """
+def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_dtype, tiles: Tiling | None = None):
+    """(M, K) × (E, K, N) -> (M, N); with transpose_rhs, rhs is (E, N, K), read as it lies."""
     del group_sizes
     M, N = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
-    t = here(tiles or FORWARD, lhs)
+    rows = schedule.tile_rows(M, rhs.shape[0])
+    t = here(tiles or (FORWARD if rows == schedule.ROWS else FEW), lhs)
     spare = -M % 8  # the copy engine takes rows in eights
     table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
     weights = (COLUMNS, _STEP) if transpose_rhs else (_STEP, COLUMNS)
-    parts = _parts(M, rhs.shape[0], N, lhs.shape[1] // _STEP, t) if splits is None else splits
-    shape, dtype = ((M + spare, N), out_dtype) if parts == 1 else ((parts, M + spare, N), jnp.float32)
-    body = functools.partial(_forward_kernel, t, transpose_rhs, parts)
-    stage = {"a": (_ROWS, _STEP), "b": weights}
-    kernel = hopper.launch("grouped_matmul", body, t, jax.ShapeDtypeStruct(shape, dtype), stage, lhs.dtype)
-    result = kernel(*table, jnp.pad(lhs, ((0, spare), (0, 0))), rhs)
-    if parts > 1:
-        result = jnp.sum(result, axis=0).astype(out_dtype)
-    result = result[:M]
+    out = jax.ShapeDtypeStruct((M + spare, N), out_dtype)
+    body = functools.partial(_forward_kernel, t, transpose_rhs)
+    stage = {"a": (max(rows, 64), _STEP), "b": weights}
+    kernel = hopper.launch("grouped_matmul", body, t, out, stage, lhs.dtype)
+    result = kernel(*table, jnp.pad(lhs, ((0, spare), (0, 0))), rhs)[:M]
     return vary_alike(result, lhs)[0]  # the kernel's own type knows of no mesh
 
 
-def _parts(M: int, E: int, N: int, depth: int, t: Tiling) -> int:
-    """One, unless few rows leave so few tiles that the last round of them would leave much of the chip idle."""
-    tiles = (min(E, M) + M // _ROWS) * pl.cdiv(N, 2 * COLUMNS)
-    rounds = 4 * (t.blocks // 2)
-    return 1 if M > _FEW else max(min(depth // 8, pl.cdiv(rounds, tiles)), 1)
-
-
 def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tiling | None = None):
-    """(M, K), (M, N) -> (E, K, N): each group's lhsᵀ · grad.
-
-    An infinity or NaN in one group's rows may reach the groups beside it: between groups only lhs is masked, since
-    masking grad as well took 7–14% on an H200. Nothing past the sum reaches any.
-    """
+    """(M, K), (M, N) -> (E, K, N): each group's lhsᵀ · grad."""
     (M, K), N = lhs.shape, grad.shape[1]
     t = here(tiles or DRHS, lhs)
     spare = ((0, -M % 8), (0, 0))
@@ -98,47 +79,40 @@ def here(t: Tiling, lhs) -> Tiling:
     return dataclasses.replace(t, one_warp=False) if jax.typeof(lhs).manual_axis_type.varying else t
 
 
-def _forward_kernel(t: Tiling, transpose_rhs, parts, count, tiles, lhs, rhs, out, *, a, b, staging, ready, free):
-    E, N, depth = rhs.shape[0], out.shape[-1], lhs.shape[1] // _STEP
+def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a, b, staging, ready, free):
+    E, N, depth = rhs.shape[0], out.shape[1], lhs.shape[1] // _STEP
     columns = pl.cdiv(N, 2 * COLUMNS)
-    rows_info = hopper.walk_rows(tiles, columns * parts)
-
-    def info(lin):
-        *rows, column = rows_info(lin)
-        part = lax.div(column, jnp.int32(columns))
-        first, last = (lax.div((part + i) * depth, jnp.int32(parts)) for i in (0, 1))
-        return *rows, column - part * columns, part, first, last
-
-    def steps(tile):
-        return jnp.where(tile[0] < E, tile[-1] - tile[-2], 0)
+    # few rows are all that is loaded; a product reads 64 for them, and what it makes of the others is not stored
+    box = hopper.box(lhs.shape[0], E)
+    info = hopper.walk_rows(tiles, columns)
 
     def load(tile, k, slot, barrier):
-        group, row, _, _, column, _, first, _ = tile
-        step, wide = pl.ds((first + k) * _STEP, _STEP), pl.ds(hopper.first_column(column), COLUMNS)
-        plgpu.copy_gmem_to_smem(lhs.at[pl.ds(row * 8, _ROWS), step], a.at[slot], barrier, collective_axes="pair")
+        group, row, _, _, column = tile
+        step, wide = pl.ds(k * _STEP, _STEP), pl.ds(hopper.first_column(column), COLUMNS)
+        hopper.load_rows(lhs.at[pl.ds(row * 8, box), step], a.at[slot], barrier)
         block = rhs.at[group, wide, step] if transpose_rhs else rhs.at[group, step, wide]
         plgpu.copy_gmem_to_smem(block, b.at[slot], barrier)
 
     def compute(wg, tile, accumulate):
-        _, row, start, stop, column, part, _, _ = tile
-        target = out if parts == 1 else out.at[part]
+        _, row, start, stop, column = tile
 
         def operands(_, slot):
             return ((a.at[slot], b.at[slot].transpose((1, 0)) if transpose_rhs else b.at[slot]),)
 
         def store(acc):
             at = row * 8, hopper.first_column(column)
-            hopper.store_rows(acc.astype(out.dtype), target, at, start, stop, *staging[wg])
+            hopper.store_rows(acc.astype(out.dtype), out, at, start, stop, *staging[wg])
 
         accumulate(operands, store)
 
-    hopper.pipeline(t, count[0] * columns * parts, info, steps, load, compute, ready, free)
+    steps = lambda tile: jnp.where(tile[0] < E, depth, 0)  # noqa: E731
+    sums = ((a.shape[1], COLUMNS),)
+    hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free, sums)
 
 
 def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, ready, free):
     E, K, N = out.shape
     columns, down = pl.cdiv(N, 2 * COLUMNS), pl.cdiv(K, _ROWS)
-    total = ends[E - 1]
     sweep = max(size for size in range(1, min(schedule.WIDTH, down) + 1) if down % size == 0)
 
     def info(lin):
@@ -165,11 +139,7 @@ def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, read
             row = eighth * 8 + k * _STEP
 
             def mask():
-                # zeros in one factor do between groups; past the sum the other may hold anything, NaN too
-                _keep_rows(a.at[slot], start - row, end - row)
-                pl.when((row + _STEP > total) & (total < lhs.shape[0]))(
-                    lambda: _keep_rows(b.at[slot], start - row, end - row)
-                )
+                _keep_rows((a.at[slot], b.at[slot]), start - row, end - row)
                 plgpu.commit_smem()
 
             pl.when((row < start) | (row + _STEP > end))(mask)
@@ -185,8 +155,32 @@ def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, read
     hopper.pipeline(t, E * columns * down, info, steps, load, compute, ready, free)
 
 
-def _keep_rows(ref, start, stop):
-    """Zeros in the other rows of a (64, …) stage."""
-    value = ref[...]
-    row = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, value.shape, 0), plgpu.Layout.WGMMA)
-    ref[...] = jnp.where((row >= start) & (row < stop), value, jnp.zeros_like(value))
+def _keep_rows(refs, start, stop):
+    """Zeros in the other rows of (64, 128) stages; start is below _MASKED, since a group's first stage begins with it.
+
+    Only the rows around an end are read; the threads' accesses are of 16 bytes.
+    """
+    shape = (_MASKED, refs[0].shape[1])
+    layout = plgpu.Layout.SMEM_GMEM_COPY(shape, refs[0].dtype, 128)
+    row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+
+    def part(i):
+        return [ref.at[pl.ds(i * _MASKED, _MASKED)] for ref in refs]
+
+    def mask(i):
+        inside = (row >= start - i * _MASKED) & (row < stop - i * _MASKED)
+        values = [plgpu.load(ref, layout=layout) for ref in part(i)]
+        for ref, value in zip(part(i), values, strict=True):
+            ref[...] = jnp.where(inside, value, jnp.zeros_like(value))
+
+    def clear(i, _):
+        for ref in part(i):
+            ref[...] = plgpu.layout_cast(jnp.zeros(shape, ref.dtype), layout)
+
+    def tail():
+        last = lax.div(stop, jnp.int32(_MASKED))
+        mask(last)
+        lax.fori_loop(last + 1, _STEP // _MASKED, clear, None)
+
+    pl.when(start > 0)(lambda: mask(0))
+    pl.when(stop < _STEP)(tail)

@@ -1,7 +1,8 @@
 """Which row tiles a grouped product has, and in which order a kernel takes them: a few small XLA operations.
 
-A tile is 128 rows that start at a multiple of 8, as the copy engine wants them; a group's tiles start at the last such
-multiple before the group's own first row, so only its first and last tile hold rows of others.
+A tile is 128 rows (fewer where groups have few) that start at a multiple of 8, as the copy engine wants them; a group's
+tiles start at the last such multiple before the group's own first row, so only its first and last tile hold rows of
+others.
 """
 
 import jax
@@ -13,6 +14,11 @@ WIDTH = 16  # row tiles in a sweep: their rows stay in the cache while the colum
 _ALIGN = 8
 
 
+def tile_rows(M: int, E: int) -> int:
+    """Rows in a tile, where M rows fall on E groups: few where weights are what is moved, and rows beside them cost."""
+    return 32 if M <= 8 * E else 64 if M <= 24 * E else ROWS
+
+
 def row_tiles(starts: jax.Array, ends: jax.Array, M: int) -> tuple[jax.Array, jax.Array]:
     """How many row tiles there are, (1,) i32, and the tiles, (T, 6) i32, T a bound known beforehand.
 
@@ -21,17 +27,18 @@ def row_tiles(starts: jax.Array, ends: jax.Array, M: int) -> tuple[jax.Array, ja
     A sweep is at most WIDTH tiles of one group. starts, ends (E,) i32: the groups' rows.
     """
     E = ends.shape[0]
+    rows = tile_rows(M, E)
     starts = jnp.append(starts, ends[-1])
     ends = jnp.append(ends, jnp.int32(M))
     aligned = starts // _ALIGN * _ALIGN
-    count = jnp.where(ends > starts, -(-(ends - aligned) // ROWS), 0)
+    count = jnp.where(ends > starts, -(-(ends - aligned) // rows), 0)
     stop = jnp.cumsum(count, dtype=jnp.int32)
 
-    tile = jnp.arange((M + (ROWS + _ALIGN - 2) * (E + 1)) // ROWS + 1, dtype=jnp.int32)
+    tile = jnp.arange((M + (rows + _ALIGN - 2) * (E + 1)) // rows + 1, dtype=jnp.int32)
     group = jnp.sum(stop[None, :] <= tile[:, None], axis=1, dtype=jnp.int32)  # no searchsorted: it fails in shard_map
     per_group = jnp.stack([starts, ends, aligned, count, stop - count], axis=1)
     start, end, first_row, tiles, begin = per_group[jnp.minimum(group, E)].T
-    row = first_row + (tile - begin) * ROWS
+    row = first_row + (tile - begin) * rows
     sweeps = jnp.maximum(-(-tiles // WIDTH), 1)
     size = jnp.maximum(-(-tiles // sweeps), 1)
     sweep = (tile - begin) // size * size
@@ -39,7 +46,7 @@ def row_tiles(starts: jax.Array, ends: jax.Array, M: int) -> tuple[jax.Array, ja
         group,
         row // _ALIGN,
         jnp.maximum(start - row, 0),
-        jnp.minimum(end - row, ROWS),
+        jnp.minimum(end - row, rows),
         begin + sweep,
         jnp.maximum(jnp.minimum(size, tiles - sweep), 1),
     ]

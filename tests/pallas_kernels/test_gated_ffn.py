@@ -91,7 +91,7 @@ def interpreted(function, capfd):
 def test_hidden_interpreted(sizes, M, F, keep, activation, capfd):
     rows, gate, up, *_ = operands(sizes, M, 64, F)
     metadata = group_metadata(jnp.array(sizes, jnp.int32), M)
-    tiles = dataclasses.replace(mosaic_gpu.HIDDEN, blocks=2)
+    tiles = dataclasses.replace(products.FORWARD, blocks=2)
     got = interpreted(lambda: mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep, tiles), capfd)
     group = np.repeat(np.arange(3), sizes)
     a, b = (np.zeros((M, F)) for _ in range(2))

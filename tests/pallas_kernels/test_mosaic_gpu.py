@@ -109,22 +109,35 @@ def test_transposed_weights_are_read_as_they_lie(capfd):
     assert_close(out, exact(lhs, rhs, grad, sizes)[0], 1e-5)
 
 
-def test_few_rows_split_the_sum(capfd):
-    """320 = 5 steps in two parts, 2 and 3; a group of 3 rows, one of none, 1 row of nobody."""
+def test_few_rows_make_small_tiles(capfd):
+    """9 rows over 3 groups: tiles of 32, of which the 16 that hold all rows are loaded."""
     sizes = np.array([3, 0, 5], np.int32)
-    lhs, rhs, grad = operands(sizes, 9, 320, 128)
+    lhs, rhs, grad = operands(sizes, 9, 192, 192)
     metadata = group_metadata(jnp.asarray(sizes), 9)
-    args = lhs, rhs, jnp.asarray(sizes), metadata, False, jnp.bfloat16, TWO_BLOCKS[0]
-    out = interpreted(lambda: mosaic_gpu.forward(*args, splits=2), capfd)
+    tiles = dataclasses.replace(mosaic_gpu.FEW, blocks=2)
+    args = lhs, rhs, jnp.asarray(sizes), metadata, False, jnp.bfloat16, tiles
+    out = interpreted(lambda: mosaic_gpu.forward(*args), capfd)
     assert_close(out, exact(lhs, rhs, grad, sizes)[0])
 
 
-def test_parts_by_hand():
-    # Mixtral down at T = 8: 16 rows for 8 experts, 4096 columns in 16 pairs, 224 steps: 128 tiles, 264 wanted
-    assert mosaic_gpu._parts(16, 8, 4096, 224, mosaic_gpu.FORWARD) == 3
-    # K = 768 has 12 steps: one part of at least 8
-    assert mosaic_gpu._parts(16, 8, 256, 12, mosaic_gpu.FORWARD) == 1
-    assert mosaic_gpu._parts(2048, 8, 256, 224, mosaic_gpu.FORWARD) == 1
+def test_tile_rows_by_hand():
+    # 16 rows for 8 experts: 2 each; 512 for 32: 16 each; 2048 for 64: 32 each
+    assert [schedule.tile_rows(*case) for case in ((16, 8), (512, 32), (2048, 64))] == [32, 64, 128]
+
+
+def test_an_infinity_stays_in_its_group(capfd):
+    """Rows 0-69 | none | 70-120: both groups have rows in stages of the other's."""
+    sizes = np.array([70, 0, 51], np.int32)
+    lhs, _, grad = operands(sizes, 128, 64, 64)
+    lhs, grad = lhs.at[70:121].set(jnp.inf), grad.at[70:121].set(jnp.nan)
+    metadata = group_metadata(jnp.asarray(sizes), 128)
+    out = interpreted(
+        lambda: mosaic_gpu.drhs(lhs, grad, jnp.asarray(sizes), metadata, jnp.bfloat16, TWO_BLOCKS[1]), capfd
+    )
+    first, second = (np.asarray(x.astype(jnp.float32), np.float64)[:70] for x in (lhs, grad))
+    assert_close(out[0], first.T @ second)
+    assert (out[1] == 0).all()
+    assert np.isnan(np.asarray(out[2].astype(jnp.float32))).all()
 
 
 def test_row_tiles_by_hand():
