@@ -69,7 +69,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     init_scale: float = 1.0  # multiplies the standard deviation 1 / √fan_in of every matrix
-    dtype: Literal["bfloat16", "float32"] = "float32"  # of the compute; parameters and the router are float32
+    dtype: Literal["bfloat16", "float32"] = "float32"  # of the compute; the router's is float32
+    param_dtype: Literal["bfloat16", "float32"] = "float32"  # of parameters and of the optimizer's moments
     attention_implementation: str | None = None  # of attention.attend; None: the fastest that runs here
     scan_layers: bool = True  # False: layers are unrolled (same values, longer compile)
     remat: Literal["none", "full", "dots"] = "none"  # dots: keep matmul outputs, recompute the rest

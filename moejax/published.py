@@ -1,9 +1,9 @@
 """Published families in the training loop: a run that starts from an import, and what its checkpoints say.
 
 A run is of a family where `train.init_from` names a checkpoint of one. Its model is that checkpoint's; of config.model
-there count `dtype`, `remat`, `attention_implementation` and, under `moe`, the weights of the losses and
-`bias_update_rate`. Its own checkpoints name the family as an import's do, so `evaluate`, `generate` and `export` read
-both alike, and hold the run's config under `run`.
+there count `dtype`, `param_dtype`, `remat`, `attention_implementation` and, under `moe`, the weights of the losses
+and `bias_update_rate`. Its own checkpoints name the family as an import's do, so `evaluate`, `generate` and `export`
+read both alike, and hold the run's config under `run`.
 """
 
 import dataclasses
@@ -73,6 +73,7 @@ def model(
         dtype=jnp.dtype(config.model.dtype),
         implementation=config.model.attention_implementation,
         remat=config.model.remat != "none",
+        param_dtype=jnp.dtype(config.model.param_dtype),
     )
 
 

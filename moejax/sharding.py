@@ -143,6 +143,11 @@ def batch_axes() -> tuple[str, ...]:
     return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts `mesh` splits the batch."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"] or ())
+
+
 def shardings(mesh: Mesh, boxed) -> dict:
     """NamedShardings for a tree whose leaves may be boxed with logical names (`nn.with_logical_partitioning`).
 

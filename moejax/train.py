@@ -23,6 +23,7 @@ from moejax import (
     environment,
     evaluate,
     interrupts,
+    memory,
     metrics,
     models,
     optimizer,
@@ -35,7 +36,7 @@ from moejax import config as configs
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.models.lm import LM
-from moejax.train_step import TrainState, compiled_step, create, state_shardings, to_devices
+from moejax.train_step import TrainState, compiled_step, create, init, state_shardings, to_devices
 
 _log = logging.getLogger(__name__)
 TREES = ("params", "router_state", "opt_state", "load")
@@ -72,7 +73,10 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     tx = optimizer.make(config.optimizer)
     with implementations_named(config):
         shardings = state_shardings(model, tx, mesh)
-    state = restore(workdir, model, tx, shardings, corpus.content_hash)
+    available = memory.limit()
+    shapes = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
+    memory.check_state(memory.of_state(shapes, shardings), available, config)
+    state = restore(workdir, shapes, shardings, corpus.content_hash)
     if state is None:
         state = create(model, tx, mesh, config.seed)
         if config.train.init_from:
@@ -116,6 +120,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
             if step_fn is None:
                 with implementations_named(config):
                     step_fn = compiled_step(model, tx, config, shardings).lower(state, batch).compile()
+                memory.check_step(step_fn, available, config, sharding.batch_shards(mesh))
                 writer.say(f"compiled in {time.perf_counter() - clock:.1f} s")
                 clock = time.perf_counter()
             writer.profile(step)
@@ -205,7 +210,7 @@ def check_resumable(stored: Config | None, config: Config, workdir: Path) -> Non
 
 def check_batch(config: Config, mesh) -> None:
     """UserError unless the batch splits evenly over devices and microbatches."""
-    shards = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"] or ())
+    shards = sharding.batch_shards(mesh)
     parts = shards * config.train.accumulation_steps
     if config.data.batch_size % parts:
         raise UserError(
@@ -227,11 +232,8 @@ def facts(config: Config, workdir: Path, content_hash: str) -> dict[str, Any]:
     }
 
 
-def restore(workdir: Path, model, tx, shardings: TrainState, content_hash: str) -> TrainState | None:
+def restore(workdir: Path, shapes: TrainState, shardings: TrainState, content_hash: str) -> TrainState | None:
     """The state of the newest whole checkpoint, on the mesh of `shardings`; None where there is none."""
-    from moejax.train_step import init
-
-    shapes = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
     targets = {name: _like(getattr(shapes, name), getattr(shardings, name)) for name in TREES}
     found = checkpoint.restore(workdir, targets)
     if found is None:
@@ -278,7 +280,8 @@ def describe(sizes: models.Preset | None, config: Config) -> str:
         return accounting.describe(config.model, config.data.sequence_length)
     return (
         f"{sizes.family} of {config.train.init_from}, {sizes.total:,} parameters, {sizes.active:,} active; of "
-        "config.model count only dtype, remat, attention_implementation and, of moe, loss weights and bias_update_rate"
+        "config.model count only dtype, param_dtype, remat, attention_implementation and, of moe, loss weights and "
+        "bias_update_rate"
     )
 
 

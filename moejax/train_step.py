@@ -35,8 +35,9 @@ LOSS_WEIGHTS = {
 class TrainState:
     """All that a step reads and writes.
 
-    step () i32: steps done. params: float32. router_state: selection biases, moved by rule. opt_state: optax's.
-    load: counts (MoE layers, E) i32 since the last logged line, for dead experts; None for a dense model.
+    step () i32: steps done. params: in the model's `param_dtype`, as are moments. router_state: selection biases, moved
+    by rule. opt_state: optax's. load: counts (MoE layers, E) i32 since the last logged line, for dead experts; None for
+    a dense model.
     """
 
     step: jax.Array
@@ -55,11 +56,12 @@ def init(model: nn.Module, tx: optax.GradientTransformation, key: jax.Array) -> 
     variables = nn.unbox(model.init(key, jnp.zeros(PROBE, jnp.int32), mutable=True))
     router_state = variables.get("router_state", {})
     tallies = layer_tallies(variables.get("intermediates", {}))
+    params = jax.tree.map(lambda p: p.astype(model.param_dtype), variables["params"])  # type: ignore[attr-defined]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
+        params=params,
         router_state=router_state,
-        opt_state=tx.init(variables["params"]),
+        opt_state=tx.init(params),
         load=jnp.zeros_like(tallies["selected"]) if tallies else None,
     )
 

@@ -82,6 +82,11 @@ class LM(nn.Module):
 
     config: ModelConfig
 
+    @property
+    def param_dtype(self) -> str:
+        """Of parameters in training; `init` makes float32, and `apply` takes any."""
+        return self.config.param_dtype
+
     @nn.compact
     def __call__(
         self,

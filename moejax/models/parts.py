@@ -136,14 +136,15 @@ class Decoder(nn.Module):
     and `mask` (B, L) bool for Σ −log p(target) over unmasked targets, f32, in place of logits. A family sets `block`,
     and overrides what it has of its own.
 
-    config: the family's. dtype: of the compute; parameters are float32 unless loaded otherwise. remat: recompute each
-    layer in the backward pass.
+    config: the family's. dtype: of the compute. param_dtype: of parameters in training; `init` makes float32, and
+    `apply` takes any. remat: recompute each layer in the backward pass.
     """
 
     config: Any
     dtype: Any = jnp.float32
     implementation: str | None = None
     remat: bool = False
+    param_dtype: Any = jnp.float32
 
     block: ClassVar[type[Block]]
 

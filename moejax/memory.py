@@ -1,0 +1,78 @@
+"""Whether a run fits its devices, before the first step: bytes per device, from shapes and the compiler's figures."""
+
+import math
+import os
+from typing import Any
+
+import jax
+
+from moejax.config import Config
+from moejax.errors import UserError
+
+_GB = 1e9
+
+
+def limit() -> int | None:
+    """What XLA may allocate on one device; None where the platform doesn't say (CPU)."""
+    stats = jax.local_devices()[0].memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
+
+
+def of_state(shapes: Any, shardings: Any) -> int:
+    """What one device holds of a tree of shapes under a tree of shardings."""
+
+    def held(shape, sharding):
+        return math.prod(sharding.shard_shape(shape.shape)) * shape.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(held, shapes, shardings)))
+
+
+def check_state(held: int, available: int | None, config: Config) -> None:
+    """UserError where the state alone, parameters and moments, is more than a device has."""
+    if available is not None and held > available:
+        raise UserError(
+            f"parameters and optimizer state take {held / _GB:.1f} GB of each device, which has {available / _GB:.1f}: "
+            + "; or ".join(_smaller_state(config))
+        )
+
+
+def check_step(compiled: jax.stages.Compiled, available: int | None, config: Config, shards: int) -> None:
+    """UserError where the compiled step needs more than a device has, with what would fit; shards: of the batch."""
+    found = compiled.memory_analysis()
+    if available is not None and found is not None:
+        kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+        check_sizes(kept, found.temp_size_in_bytes, available, config, shards)
+
+
+def check_sizes(kept: int, temporary: int, available: int, config: Config, shards: int) -> None:
+    """`check_step` in numbers: bytes of arguments and results, and of what lives only during the step."""
+    if kept + temporary <= available:
+        return
+    batch, parts = config.data.batch_size, config.train.accumulation_steps
+    rows = batch // (shards * parts)  # of a microbatch on a device
+    fit = int(rows * (available - kept) / temporary)
+    ways = []
+    if fit >= 1:
+        ways.append(
+            f"config.train.accumulation_steps={parts * -(-rows // fit)} or config.data.batch_size={batch // rows * fit}"
+        )
+    if config.model.remat == "none":
+        ways.append("config.model.remat=full")
+    ways += _smaller_state(config)
+    raise UserError(
+        f"a step needs {(kept + temporary) / _GB:.1f} GB of each device, which has {available / _GB:.1f}: "
+        f"{kept / _GB:.1f} for parameters, moments and the batch, {temporary / _GB:.1f} for gradients and activations; "
+        "give " + "; or ".join(ways)
+    )
+
+
+def _smaller_state(config: Config) -> list[str]:
+    ways = []
+    if config.model.param_dtype == "float32":
+        ways.append("config.model.param_dtype=bfloat16")
+    ways.append("more devices, with config.mesh.fsdp to share the state")
+    if jax.default_backend() == "gpu" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        ways.append(
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment: without it jax takes three quarters of a GPU"
+        )
+    return ways

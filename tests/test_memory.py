@@ -1,0 +1,85 @@
+"""Whether a step fits: the check in numbers, and the state's bytes on a mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small
+
+from moejax import memory, optimizer, sharding
+from moejax.config import Config
+from moejax.errors import UserError
+from moejax.models.lm import LM
+from moejax.train_step import init, state_shardings
+
+
+def config(batch_size=16, accumulation=1, remat="none", param_dtype="float32"):
+    base = Config()
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, remat=remat, param_dtype=param_dtype),
+        data=dataclasses.replace(base.data, batch_size=batch_size),
+        train=dataclasses.replace(base.train, accumulation_steps=accumulation),
+    )
+
+
+def test_what_fits_is_let_through():
+    memory.check_sizes(60, 40, 100, config(), shards=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "temporary", "wanted"),
+    [
+        # 16 rows take 80 of the 40 that are left: 8 fit.
+        (config(), 80, "accumulation_steps=2 or config.data.batch_size=8; or config.model.remat=full; or "),
+        # Two microbatches of 8 rows; 40 / 120 of a microbatch fit: 2 rows, so four times as many microbatches.
+        (config(accumulation=2), 120, "accumulation_steps=8 or config.data.batch_size=4"),
+        # Not one row of 16 fits in 40 of 800: only other ways help.
+        (config(remat="full", param_dtype="bfloat16"), 800, "activations; give more devices"),
+    ],
+)  # fmt: skip
+def test_the_error_names_what_would_fit(setting, temporary, wanted):
+    with pytest.raises(UserError, match="a step needs") as error:
+        memory.check_sizes(60 * 10**9, temporary * 10**9, 100 * 10**9, setting, shards=1)
+    assert wanted in str(error.value)
+    assert f"{60 + temporary}.0 GB of each device, which has 100.0: 60.0 for" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_rows_are_those_of_a_device():
+    # 16 rows over 4 shards are 4 a device, of which half fit: a batch of 8.
+    with pytest.raises(UserError, match=r"accumulation_steps=2 or config\.data\.batch_size=8;"):
+        memory.check_sizes(60, 80, 100, config(), shards=4)
+
+
+def test_a_state_that_is_too_large_by_itself():
+    memory.check_state(100, 100, config())
+    memory.check_state(10**15, None, config())  # CPU doesn't say what it has
+    with pytest.raises(UserError, match=r"optimizer state take 120\.0 GB of each device, which has 100\.0: .*bfloat16"):
+        memory.check_state(120 * 10**9, 100 * 10**9, config())
+
+
+def test_bytes_of_the_state_on_a_mesh():
+    setting = small.config(small.ROUTERS["top_k"])
+    model, tx = LM(setting.model), optimizer.make(setting.optimizer)
+    shapes = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
+    whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(shapes))
+    one = memory.of_state(shapes, state_shardings(model, tx, sharding.make_mesh({"data": 8})))
+    eight = memory.of_state(shapes, state_shardings(model, tx, sharding.make_mesh({"fsdp": 8})))
+    assert one == whole
+    # Embedding, projections and experts are split; norms and counts, under a tenth here, are on every device.
+    assert whole / 8 < eight < whole * (1 / 8 + 0.1)
+
+
+def test_bfloat16_parameters_halve_the_state():
+    setting = small.config(small.ROUTERS["top_k"])
+    low = dataclasses.replace(setting.model, param_dtype="bfloat16")
+    states = [
+        jax.eval_shape(functools.partial(init, LM(model), optimizer.make(setting.optimizer)), jax.random.key(0))
+        for model in (setting.model, low)
+    ]
+    full, half = (jax.tree.leaves((state.params, state.opt_state)) for state in states)
+    assert [a.shape for a in full] == [a.shape for a in half]
+    assert {a.dtype for a in half} == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.int32)}  # int32: optax's counts
