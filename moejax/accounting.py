@@ -37,11 +37,6 @@ class Account:
         """Forward and backward: three times the forward products, the router's included."""
         return 3 * (self.active_flops_per_token + self.router_flops_per_token)
 
-    @property
-    def train_state_bytes(self) -> int:
-        """Parameters, gradients and Adam's two moments, all float32."""
-        return 4 * 4 * self.total_params
-
 
 def account(model: ModelConfig, sequence_length: int) -> Account:
     """Counts for `model` (vocab_size given) on sequences of L tokens.

@@ -365,6 +365,20 @@ def random(_logits: Array, *, experts_per_token: int, mask: Array, key: Array | 
     return Routing(experts, weights, jnp.full_like(_logits, 1 / _logits.shape[-1]), _keep(mask, experts_per_token))
 
 
+@_router
+def round_robin(logits: Array, *, experts_per_token: int, mask: Array) -> Routing:
+    """Forced balance, for benchmarks: token t takes experts t·K … t·K + K − 1 (mod E), whatever the logits.
+
+    logits (T, E) f32, mask (T,) bool. Gates are softmax(logits) at those experts, so the router has a gradient. Every
+    expert gets T·K / E choices, where that is whole.
+    """
+    T, E = logits.shape
+    first = jnp.arange(T, dtype=jnp.int32)[:, None] * experts_per_token
+    experts = (first + jnp.arange(experts_per_token, dtype=jnp.int32)[None, :]) % E
+    scores = jax.nn.softmax(logits)
+    return Routing(experts, pick(scores, experts), scores, _keep(mask, experts_per_token))
+
+
 # ---- expert choice
 
 

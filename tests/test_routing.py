@@ -256,6 +256,14 @@ def test_random_is_uniform_and_fixed_without_a_key():
     close(r.weights, np.full((4096, 2), 0.5))
 
 
+def test_round_robin_gives_every_expert_the_same():
+    p = [[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.1, 0.1, 0.8]]
+    r = run(routing.round_robin, logits_of(p), experts_per_token=2, mask=jnp.array([True, True, False]))
+    assert r.experts.tolist() == [[0, 1], [2, 0], [1, 2]]
+    close(r.weights, [[0.7, 0.2], [0.1, 0.6], [0.1, 0.8]])
+    assert r.keep.tolist() == [[True, True], [True, True], [False, False]]
+
+
 def test_expert_choice_takes_the_best_tokens_of_each_expert():
     p = [[0.7, 0.3], [0.6, 0.4], [0.1, 0.9], [0.2, 0.8]]
     # C = ceil(1 · 4 · 1 / 2) = 2; expert 0 likes tokens 0 (0.7) and 1 (0.6), expert 1 tokens 2 (0.9) and 3 (0.8)

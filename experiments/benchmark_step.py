@@ -1,0 +1,198 @@
+"""A training step on random tokens: tokens/s, model TFLOP/s, memory, and where its time goes.
+
+  python experiments/benchmark_step.py --config=experiments/configs/olmoe_1b_7b.py
+  python experiments/benchmark_step.py --config=experiments/configs/olmoe_1b_7b.py --peer_python=PATH
+
+Two routings, always labelled: "real", of an untrained router, and "forced", every expert with the same number of
+tokens. Model FLOPs are 6 × active parameters without the input embedding per token ("6N"), and the same with attention
+scores. Time by named scope is from a profile of the real routing. PATH is an interpreter that has torch and
+transformers: there an OLMoE of the config's sizes takes steps on as many tokens, bfloat16 throughout, with grouped
+experts, compiled on a GPU.
+"""
+
+import collections
+import dataclasses
+import glob
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from experiments import cli
+from experiments.benchmark_cpu_model import random_batch
+from moejax import accounting, environment, memory, optimizer, sharding
+from moejax import config as configs
+from moejax.config import Config
+from moejax.errors import UserError
+from moejax.models.lm import LM
+from moejax.train_step import compiled_step, create, state_shardings, to_devices
+from pallas_kernels import timing
+
+_CONFIG = cli.config_flag()
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats of each case; the median counts.", lower_bound=1)
+_PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter with torch and transformers.")
+
+PEER = Path(__file__).parent / "peers" / "hf_train_step.py"
+# The innermost one of an operation's path counts.
+SCOPES = (
+    "attention", "router", "dispatch", "exchange", "experts", "combine", "head", "loss", "optimizer", "statistics",
+)  # fmt: skip
+
+
+def forced(config: Config) -> Config:
+    """The config with `routing.round_robin` in place of its router."""
+    assert config.model.moe is not None
+    moe = dataclasses.replace(
+        config.model.moe, router="moejax.routing:round_robin", router_options={}, bias_update_rate=0.0
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+class Step:
+    """The compiled step of a config on one batch of random tokens, and its state."""
+
+    def __init__(self, config: Config):
+        mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+        model, tx = LM(config.model), optimizer.make(config.optimizer)
+        shardings = state_shardings(model, tx, mesh)
+        assert config.model.vocab_size is not None
+        self._mesh = mesh
+        with jax.set_mesh(mesh):
+            batch = random_batch(config.model.vocab_size, config.data.batch_size, config.data.sequence_length)
+            self._batch = to_devices(batch, sharding.batch_sharding(mesh))
+            self._state = create(model, tx, mesh, config.seed)
+            self.compiled = compiled_step(model, tx, config, shardings).lower(self._state, self._batch).compile()
+        memory.check_step(self.compiled, memory.limit(), config, sharding.batch_shards(mesh))
+
+    def __call__(self) -> object:
+        self._state, metrics = self.compiled(self._state, self._batch)
+        return metrics
+
+    def bytes(self) -> int:
+        """What the step needs on one device, by the compiler's account."""
+        found = self.compiled.memory_analysis()
+        assert found is not None
+        sizes = found.argument_size_in_bytes + found.temp_size_in_bytes
+        return sizes + found.output_size_in_bytes - found.alias_size_in_bytes
+
+
+def scope_of(path: str) -> str:
+    """The named scope that an operation's path (its op_name in the HLO) counts for: the last of SCOPES in it."""
+    names = [name for name in re.split(r"[/()]", path) if name in SCOPES]
+    return names[-1] if names else "other"
+
+
+def scopes_by_operation(program: str) -> dict[str, str]:
+    """Name of each operation of a compiled program's text -> its scope."""
+    found = {}
+    for line in program.splitlines():
+        name, path = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line), re.search(r'op_name="([^"]*)"', line)
+        if name:
+            found[name[1]] = scope_of(path[1]) if path else "other"
+    return found
+
+
+def operations(folder: str) -> list[tuple[str, float]]:
+    """(operation, nanoseconds) of every execution in the profile under `folder`, on devices or XLA's CPU threads."""
+    (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+    found = []
+    for plane in jax.profiler.ProfileData.from_file(path).planes:
+        device = plane.name.startswith("/device:")
+        for line in plane.lines:
+            if not device and "tf_XLA" not in line.name:
+                continue
+            for event in line.events:
+                name = dict(event.stats).get("hlo_op") if device else event.name
+                if isinstance(name, str):
+                    found.append((name, event.duration_ns))
+    return found
+
+
+def shares(step: Step) -> dict[str, float]:
+    """Scope -> its share of the time of all operations in a profile of two steps; largest first."""
+    scopes = scopes_by_operation(step.compiled.as_text() or "")
+    totals: dict[str, float] = collections.defaultdict(float)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(2):
+                jax.block_until_ready(step())
+        for name, nanoseconds in operations(folder):
+            if name in scopes and not name.startswith(("while", "call", "conditional")):  # those hold others
+                totals[scopes[name]] += nanoseconds
+    whole = sum(totals.values())
+    largest_first = sorted(totals.items(), key=lambda item: -item[1])
+    return {scope: time / whole for scope, time in largest_first}
+
+
+def report(config: Config, seconds: dict[str, float], step: Step) -> None:
+    """The table of a model: one line for each routing, then the shares."""
+    counts = accounting.account(config.model, config.data.sequence_length)
+    tokens = config.data.batch_size * config.data.sequence_length
+    devices = step._mesh.devices.size
+    flops = 6 * (counts.active_params - counts.embedding_params)
+    peak = environment.peak_flops(jax.devices()[0].device_kind)
+    print(f"{accounting.describe(config.model, config.data.sequence_length)}")
+    dtypes = f"{config.model.dtype} compute, {config.model.param_dtype} parameters"
+    print(f"{tokens} tokens a step, {devices} devices; {dtypes}")
+    for name, each in seconds.items():
+        rate = tokens / each
+        teraflops, all_of_it = (rate * f / devices / 1e12 for f in (flops, counts.train_flops_per_token))
+        mfu = "" if peak is None else f", MFU {all_of_it * 1e12 / peak:.1%}"
+        print(f"  {name:14}{each * 1e3:8.1f} ms {rate:10,.0f} tokens/s  {teraflops:6.1f} TFLOP/s a device (6N), "
+              f"{all_of_it:.1f} with attention{mfu}")  # fmt: skip
+    print(f"  memory a device, by the compiler: {step.bytes() / 1e9:.1f} GB")
+    print("  by scope (real): " + ", ".join(f"{scope} {share:.1%}" for scope, share in shares(step).items()))
+
+
+def peer(python: str, config: Config, repeats: int, ours: float) -> None:
+    """Prints what transformers takes, in a process of its own; ours: our seconds with the real routing."""
+    model, moe = config.model, config.model.moe
+    assert moe is not None
+    sizes = {
+        "vocab_size": model.vocab_size, "hidden_size": model.width, "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads, "num_key_value_heads": model.num_kv_heads,
+        "intermediate_size": moe.expert_width, "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token, "tie_word_embeddings": model.tie_embeddings,
+    }  # fmt: skip
+    batch, length = config.data.batch_size, config.data.sequence_length
+    asked = json.dumps({"config": sizes, "batch": batch, "length": length, "repeats": repeats})
+    done = subprocess.run([python, str(PEER), asked], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise UserError(f"--peer_python={python} could not run {PEER.name}: {last}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    memory_used = "" if found["bytes"] is None else f", {found['bytes'] / 1e9:.1f} GB"
+    versions = f"transformers {found['transformers']}, torch {found['torch']}"
+    rate = batch * length / found["seconds"]
+    print(f"  {versions}: {found['seconds'] * 1e3:.1f} ms {rate:,.0f} tokens/s{memory_used}")
+    print(f"  moejax over transformers: {found['seconds'] / ours:.2f}")
+
+
+def main() -> None:
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: give a file of experiments/configs")
+    config = configs.settle(configs.from_config_dict(_CONFIG.value))
+    if config.model.vocab_size is None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
+    cases = ({} if config.model.moe is None else {"forced": forced(config)}) | {"real": config}
+    seconds, step = {}, None
+    for name, case in cases.items():
+        step = None  # two states may not fit
+        step = Step(case)
+        seconds[name] = timing.rounds({name: step}, _REPEATS.value)[name][0] / 1e6
+    assert step is not None
+    report(config, seconds, step)
+    if _PEER_PYTHON.value is not None:
+        if config.model.moe is None:
+            raise UserError("--peer_python compares sparse models: give a config with model.moe")
+        step = None  # the peer needs the memory
+        jax.clear_caches()
+        peer(_PEER_PYTHON.value, config, _REPEATS.value, seconds["real"])
+
+
+if __name__ == "__main__":
+    cli.run(main)
