@@ -7,6 +7,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pallas_kernels.combine import combine, mosaic_gpu, pick, spread, xla
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
@@ -52,6 +54,30 @@ def test_by_hand():
     there, pull = jax.vjp(lambda x: spread(x, slot, 4, implementation="xla"), x)
     np.testing.assert_array_equal(there, [[1, 2], [1, 2], [0, 0], [3, 4]])
     np.testing.assert_array_equal(pull(rows)[0], [[11, 22], [100, 200]])
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 1000), left_out=st.integers(0, 12))
+def test_against_a_loop(seed, left_out):
+    """Values and all gradients of 4 tokens of 3 choices, some of them without a row; unused rows hold NaN."""
+    rows, slot, weight, grad = (np.asarray(a) for a in operands(4, 3, 8, left_out=left_out, seed=seed))
+    real = 12 - left_out
+    out, dx, drows, there, dweight = (np.zeros(shape) for shape in ((4, 8), (4, 8), (12, 8), (12, 8), 12))
+    for t, k in np.argwhere(slot < 12):
+        row = slot[t, k]
+        out[t] += weight[row] * rows[row]
+        drows[row], dweight[row] = weight[row] * grad[t], rows[row] @ grad[t]
+        there[row] = grad[t]
+        dx[t] += rows[row]
+    got = everything_jitted(rows, slot, weight, grad)
+    for ours, want in zip(got, (out, drows, dweight, there, dx), strict=True):
+        used = slice(real) if want.shape == (12, 8) else slice(None)  # what lies in rows of no token is undefined
+        np.testing.assert_allclose(ours[used], want[used], rtol=1e-5, atol=1e-5)
+
+
+@jax.jit
+def everything_jitted(rows, slot, weight, grad):
+    return everything_but_slices(rows, slot, weight, grad, "xla")
 
 
 def test_tokens_without_rows_are_zero():

@@ -156,7 +156,7 @@ def test_row_tiles_by_hand():
 @pytest.mark.parametrize("seed", range(5))
 def test_row_tiles_cover_every_row_once(seed):
     rng = np.random.default_rng(seed)
-    M = int(rng.integers(1, 5000))
+    M = int(rng.integers(1, 5000 if seed % 2 else 200))  # 200 rows of 9 groups make tiles of 64 rows or 32
     sizes = rng.multinomial(rng.integers(0, M + 1), rng.dirichlet(np.full(9, 0.3))).astype(np.int32)
     ends = np.cumsum(sizes)
     count, tiles = schedule.row_tiles(jnp.asarray(ends - sizes, jnp.int32), jnp.asarray(ends, jnp.int32), M)
