@@ -58,8 +58,10 @@ def parse(
     fields = {field.name for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     if "rope" in fields:
-        default = {field.name: field for field in dataclasses.fields(cls)}["rope"].default
-        raw, values["rope"] = _rope(raw, default)
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        name = "max_seq_len" if "max_seq_len" in defaults else "max_position_embeddings"  # the first is DBRX's
+        longest = raw.get(name, defaults.get(name))
+        raw, values["rope"] = _rope(raw, defaults["rope"], longest)
     for key, value in raw.items():
         name = (aliases or {}).get(key, key)
         if name in fields:
@@ -77,7 +79,7 @@ def parse(
     return schema.parse(cls, values)
 
 
-def _rope(raw: Mapping[str, Any], default: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _rope(raw: Mapping[str, Any], default: Any, longest: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The rest of `raw`, and its rotary settings in one dict, whichever way they are spelled."""
     rest = dict(raw)
     found = dict(rest.pop("rope_parameters", None) or {})
@@ -98,8 +100,9 @@ def _rope(raw: Mapping[str, Any], default: Any) -> tuple[dict[str, Any], dict[st
     if found.get("rope_type", "default") == "default":
         unused = _ROPE_KEYS - {"rope_type", "rope_theta"}
         found = {key: value for key, value in found.items() if key not in unused}
-    elif found["rope_type"] in ("yarn", "llama3"):
-        longest = raw.get("max_position_embeddings")
+    elif found["rope_type"] == "dynamic":
+        found["original_max_position_embeddings"] = longest  # it grows from there on, whatever else is said
+    elif found["rope_type"] in ("yarn", "llama3", "longrope"):
         original = found.setdefault("original_max_position_embeddings", longest)
         if found.get("factor") is None and longest and original:
             found["factor"] = longest / original
@@ -111,6 +114,8 @@ def rope_parameters(rope: Rope) -> dict[str, Any]:
     values = {name: value for name, value in schema.to_dict(rope).items() if value is not None}
     if rope.rope_type != "yarn":
         values.pop("truncate")
+    if rope.rope_type == "dynamic":
+        values.pop("original_max_position_embeddings")
     return values
 
 

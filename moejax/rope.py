@@ -22,10 +22,14 @@ class Rope:
     rope_theta: the base. default: frequencies theta^(-2i/hd). linear: all divided by `factor`. llama3 (Llama 3.1): long
     wavelengths divided by `factor`, short ones kept, a ramp between. yarn (Peng 2023, §3.2-3.4): a ramp by the number
     of rotations inside `original_max_position_embeddings`, and a temperature on cosines and sines.
+    Two look at the length, which is the largest position of a call, for all its positions: dynamic (NTK), whose base
+    grows with it from `original_max_position_embeddings` on; longrope (Ding 2024), where each frequency is divided by
+    its entry of `short_factor`, or of `long_factor` past `original_max_position_embeddings`, and a temperature. As in
+    transformers, keys that are in a cache keep the frequencies of their own call.
     """
 
     rope_theta: float = 10_000.0
-    rope_type: Literal["default", "linear", "llama3", "yarn"] = "default"
+    rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
     factor: float | None = None
     original_max_position_embeddings: int | None = None
     low_freq_factor: float | None = None  # llama3
@@ -34,15 +38,19 @@ class Rope:
     beta_slow: float | None = None  # yarn: rotations below which it is divided by factor; 1
     mscale: float | None = None  # yarn, DeepSeek: the temperature's numerator …
     mscale_all_dim: float | None = None  # … and denominator; it also scales the scores of latent attention
-    attention_factor: float | None = None  # yarn: the temperature itself
+    attention_factor: float | None = None  # yarn, longrope: the temperature itself
     truncate: bool = True  # yarn: the ramp's ends are rounded outwards
+    short_factor: tuple[float, ...] | None = None  # longrope: one for each pair of features
+    long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self):
         needed = {
             "default": (),
             "linear": ("factor",),
+            "dynamic": ("factor", "original_max_position_embeddings"),
             "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
             "yarn": ("factor", "original_max_position_embeddings"),
+            "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
         }[self.rope_type]
         missing = [name for name in needed if getattr(self, name) is None]
         if missing:
@@ -50,8 +58,8 @@ class Rope:
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair of features: (hd / 2,) float32."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    """Radians per position of each pair of features: (hd / 2,) float32; not of the types that look at the length."""
+    exponents = _exponents(head_dim)
     plain = (1.0 / (np.float32(rope.rope_theta) ** exponents)).astype(np.float32)
     if rope.rope_type == "default":
         return plain
@@ -61,6 +69,26 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         return scaled
     kept = _llama3_kept(rope, plain) if rope.rope_type == "llama3" else _yarn_kept(rope, head_dim)
     return (scaled * (1 - kept) + plain * kept).astype(np.float32)
+
+
+def frequencies_at(rope: Rope, head_dim: int, length: jax.Array) -> jax.Array:
+    """`frequencies` of the types that look at the length of the call, () i32."""
+    assert rope.factor is not None and rope.original_max_position_embeddings is not None
+    exponents, context = _exponents(head_dim), rope.original_max_position_embeddings
+    if rope.rope_type == "dynamic":
+        longest = jnp.maximum(length, context).astype(jnp.float32)
+        stretched = rope.factor * longest / context - (rope.factor - 1)
+        return 1.0 / ((rope.rope_theta * stretched ** (head_dim / (head_dim - 2))) ** exponents)
+    factors = [rope.short_factor or (), rope.long_factor or ()]
+    if any(len(each) != head_dim // 2 for each in factors):
+        raise UserError(f"longrope: short_factor and long_factor have {len(factors[0])} and {len(factors[1])} entries; "
+                        f"the {head_dim} rotary features of a head need {head_dim // 2}")  # fmt: skip
+    short, long = (1.0 / (np.asarray(each, np.float32) * np.float32(rope.rope_theta) ** exponents) for each in factors)
+    return jnp.where(length > context, long, short)
+
+
+def _exponents(head_dim: int) -> np.ndarray:
+    return np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
 
 
 def _llama3_kept(rope: Rope, plain: np.ndarray) -> np.ndarray:
@@ -98,11 +126,15 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 def temperature(rope: Rope) -> float:
     """What cosines and sines are multiplied by."""
-    if rope.rope_type != "yarn":
+    if rope.rope_type not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
     assert rope.factor is not None
+    if rope.rope_type == "longrope":
+        context = rope.original_max_position_embeddings
+        assert context is not None
+        return 1.0 if rope.factor <= 1 else math.sqrt(1 + math.log(rope.factor) / math.log(context))
     if rope.mscale and rope.mscale_all_dim:
         return yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim)
     return yarn_mscale(rope.factor)
@@ -110,7 +142,10 @@ def temperature(rope: Rope) -> float:
 
 def table(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines (B, L, 1, hd / 2) float32 of positions (B, L) int."""
-    each = jnp.asarray(frequencies(rope, head_dim))[None, None, None]
+    if rope.rope_type in ("dynamic", "longrope"):
+        each = frequencies_at(rope, head_dim, jnp.max(positions) + 1)[None, None, None]
+    else:
+        each = jnp.asarray(frequencies(rope, head_dim))[None, None, None]
     angles = positions.astype(jnp.float32)[:, :, None, None] * each
     scale = temperature(rope)
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale

@@ -83,11 +83,12 @@ class LatentAttention(nn.Module):
         expanded = layers.linear(latent, up)
         k_nope, v = expanded[..., : self.nope_dim], expanded[..., self.nope_dim :]
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        # attend divides by √width: what is left of the scale goes into the query
-        q *= jnp.asarray(scale * q.shape[-1] ** 0.5, q.dtype)
         k = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, (*k_nope.shape[:3], self.rope_dim))], axis=-1)
         # one width for all: attend's implementations want values as wide as keys
-        v = jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[-1] - self.value_dim)])
+        width = max(q.shape[-1], self.value_dim)
+        q, k, v = (jnp.pad(x, [(0, 0)] * 3 + [(0, width - x.shape[-1])]) for x in (q, k, v))
+        # attend divides by √width: what is left of the scale goes into the query
+        q *= jnp.asarray(scale * width**0.5, q.dtype)
         out = attention.attend(q, k, v, inputs.segment_ids, implementation=self.implementation)
         return out[..., : self.value_dim]
 
