@@ -181,7 +181,7 @@ def store_whole(acc, out, at, stages, turn, turned=False):
     for i in range(columns):
         before = i + turn // 64 * columns  # pieces of this tile, of which the second half's may have been left out
         stage = stages.at[before % pieces]
-        plgpu.wait_smem_to_gmem(before if before < pieces else 1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(before if before < pieces else min(1, pieces - 1), wait_read_only=True)
         _stage(acc, i, stage, turned)
         plgpu.copy_smem_to_gmem(stage, out.at[pl.ds(row, 64), pl.ds(column + i * wide, wide)])
 
