@@ -1,8 +1,11 @@
-"""Continues a prompt with a trained model, or with one that experiments/import_hf.py imported.
+"""Continues prompts with a trained model, or with one that experiments/import_hf.py imported.
 
   python experiments/generate.py --workdir=runs/x --prompt="def " --max_new_tokens=64 --temperature=0.8 --seed=1
+  python experiments/generate.py --workdir=runs/x --prompt="def " --prompt="class Tree"
+  python experiments/generate.py --workdir=runs/x --prompt_file=prompts.txt
 
---workdir may also be a copy that holds the checkpoint alone. Nothing is dropped at any capacity factor here.
+Several prompts run as one batch: one is printed as it comes, several in their order when all have ended. --workdir may
+also be a copy that holds the checkpoint alone. Nothing is dropped at any capacity factor.
 """
 
 import sys
@@ -21,7 +24,8 @@ from moejax.models.lm import LM
 from moejax.moe import abstract_decision
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run, or a copy of its checkpoint.", required=True)
-PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; empty: the beginning of a document.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue, any number of times; none: a document's beginning.")
+PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Further prompts, one a line.")
 NEW = flags.DEFINE_integer("max_new_tokens", 64, "Stop after this many tokens, or at the end of the document.")
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that hold this share of the probability.")
@@ -43,21 +47,12 @@ def imported() -> None:
     if path is None:
         raise UserError(f"--workdir={WORKDIR.value}: no tokenizer.json came with the checkpoint; give --tokenizer=FILE")
     tokenizer = tokenizers.load(str(path))
-    prompt = hf.Tokenizer.from_str(tokenizer.text or "").encode(PROMPT.value).ids or [tokenizer.end_of_document]
+    encoder = hf.Tokenizer.from_str(tokenizer.text or "")
+    texts = prompts()
+    encoded = [encoder.encode(text).ids or [tokenizer.end_of_document] for text in texts]
     model, variables = stored.load()
-    stream = Stream(tokenizer, PROMPT.value)
-    generate(
-        model,
-        variables,
-        [prompt],
-        NEW.value,
-        temperature=TEMPERATURE.value,
-        top_p=TOP_P.value,
-        seed=SEED.value,
-        eos_id=hf_import.eos_ids(Path(WORKDIR.value) / "tokenizer") or tokenizer.end_of_document,
-        on_token=lambda tokens: stream(int(tokens[0])),
-    )
-    stream.close()
+    ends = hf_import.eos_ids(Path(WORKDIR.value) / "tokenizer") or tokenizer.end_of_document
+    run(model, variables, tokenizer, texts, encoded, ends)
 
 
 def trained() -> None:
@@ -73,19 +68,44 @@ def trained() -> None:
             f"{config.model.moe.experts_per_token} experts by score instead",
             file=sys.stderr,
         )
-    stream = Stream(tokenizer, PROMPT.value)
-    generate(
-        LM(config.model),
-        jax.device_put(found.trees),  # once, not with every token
-        [[tokenizer.end_of_document, *tokenizer.encode(PROMPT.value)]],
+    texts = prompts()
+    encoded = [[tokenizer.end_of_document, *tokenizer.encode(text)] for text in texts]
+    run(LM(config.model), jax.device_put(found.trees), tokenizer, texts, encoded, tokenizer.end_of_document)
+
+
+def prompts() -> list[str]:
+    """The texts of --prompt, then those of --prompt_file; one empty text where there are none."""
+    texts = list(PROMPT.value)
+    if PROMPT_FILE.value:
+        try:
+            texts += Path(PROMPT_FILE.value).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompt_file={PROMPT_FILE.value} can't be read as text, one prompt a line") from error
+    return texts or [""]
+
+
+def run(model, variables, tokenizer, texts: list[str], encoded: list[list[int]], ends) -> None:
+    """Generates and prints: one prompt as its tokens come, several when all have ended."""
+    stream = Stream(tokenizer, texts[0])
+    new = generate(
+        model,
+        variables,
+        encoded,
         NEW.value,
         temperature=TEMPERATURE.value,
         top_p=TOP_P.value,
         seed=SEED.value,
-        eos_id=tokenizer.end_of_document,
-        on_token=lambda tokens: stream(int(tokens[0])),
+        eos_id=ends,
+        on_token=(lambda tokens: stream(int(tokens[0]))) if len(texts) == 1 else None,
     )
-    stream.close()
+    if len(texts) == 1:
+        stream.close()
+        return
+    for text, tokens in zip(texts, new, strict=True):
+        stream = Stream(tokenizer, text)
+        for token in tokens:
+            stream(token)
+        stream.close()
 
 
 class Stream:

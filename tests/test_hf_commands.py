@@ -38,10 +38,17 @@ def imported(server):
 
 def test_an_imported_model_generates_with_the_tokenizer_beside_it(server, imported):
     options = ("--prompt=w5 w9 w11", "--max_new_tokens=4")
-    first, again = (server.run("generate.py", f"--workdir={imported}", *options) for _ in range(2))
+    first = server.run("generate.py", f"--workdir={imported}", *options)
     assert first.code == 0, first.err
-    assert first.out == again.out and first.out.startswith("w5 w9 w11")
+    assert first.out.startswith("w5 w9 w11")
     assert len(first.out.removeprefix("w5 w9 w11").replace("w", " w").split()) == 4
+    more = server.folder / "prompts.txt"
+    more.write_text("w7\n")
+    both = server.run("generate.py", f"--workdir={imported}", *options, f"--prompt_file={more}")
+    assert both.code == 0, both.err
+    assert both.out.startswith(first.out) and both.out.removeprefix(first.out).startswith("w7")
+    none = server.run("generate.py", f"--workdir={imported}", f"--prompt_file={more}.none")
+    assert none.code and "can't be read as text, one prompt a line" in none.err
 
 
 def test_export_gives_the_source_back(server, imported):

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moejax import checkpoint, hf_checkpoint, hf_export, hf_import, hf_tensors, models, safetensors
+from moejax import checkpoint, hf_checkpoint, hf_export, hf_import, hf_tensors, models, rope, safetensors
 from moejax.errors import UserError
 from moejax.rope import Rope
 
@@ -236,3 +236,32 @@ def test_the_published_spelling_of_deepseek_v3_is_its_preset():
     }  # fmt: skip
     family = models.FAMILIES["deepseek_v3"]
     assert family.read_config(raw) == family.presets["deepseek-v3"]
+
+
+def test_rope_types_that_look_at_the_length():
+    """By hand, heads of 4 features (two pairs) and a context of 8, at lengths 8 and 16."""
+    dynamic = Rope(100.0, "dynamic", factor=3.0, original_max_position_embeddings=8)
+    # 3 · 16/8 − 2 = 4; base 100 · 4^(4/2) = 1600, whose root is 40; up to 8 the base is 100
+    long = Rope(100.0, "longrope", 4.0, 8, short_factor=(1.0, 2.0), long_factor=(4.0, 5.0))
+    wanted = {dynamic: [(1, 1 / 10), (1, 1 / 40)], long: [(1, 1 / 20), (1 / 4, 1 / 50)]}
+    for settings, frequencies in wanted.items():
+        for length, expected in zip((8, 16), frequencies, strict=True):
+            np.testing.assert_allclose(rope.frequencies_at(settings, 4, jnp.int32(length)), expected, rtol=1e-6)
+    # √(1 + ln 4 / ln 8) = √(5/3)
+    assert rope.temperature(dynamic) == 1 and rope.temperature(long) == pytest.approx((5 / 3) ** 0.5)
+    # the call's largest position sets the frequencies of all: 16 positions, the second with 1/40
+    cos, _ = rope.table(dynamic, 4, jnp.arange(16)[None])
+    np.testing.assert_allclose(cos[0, 1, 0], np.cos([1, 1 / 40]), rtol=1e-6)
+    with pytest.raises(UserError, match="2 and 2 entries; the 8 rotary features of a head need 4"):
+        rope.table(long, 8, jnp.arange(4)[None])
+
+
+def test_dynamic_rope_grows_from_the_longest_that_the_config_tells():
+    raw = {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 2.0},
+        "max_position_embeddings": 64,
+    }
+    family = models.FAMILIES["olmoe"]
+    config = family.read_config(raw)
+    assert config.rope == Rope(50.0, "dynamic", 2.0, 64)
+    assert family.read_config(family.write_config(config)) == config
