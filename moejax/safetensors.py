@@ -1,7 +1,8 @@
 """Safetensors files: 8 bytes of length, a JSON header, then the tensors' bytes. Read through a memory map.
 
 Written here because a checkpoint has to be checked before it is trusted and streamed in both directions: a tensor is
-never copied before it is used, and a shard is written one tensor at a time.
+never copied before it is used, and a shard is written one tensor at a time. The `safetensors` package (0.8.0) does
+neither for numpy: `save_file` wants all tensors of a shard at once, and float8 is no dtype that it reads.
 """
 
 import json

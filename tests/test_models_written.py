@@ -165,7 +165,7 @@ def test_logits_are_those_of_the_definition_and_cached_decode_agrees(family, con
 
 MTP = deepseek_v3.DeepseekV3Config(
     vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=2, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
+    num_key_value_heads=2, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=16,
     moe_intermediate_size=8, n_routed_experts=8, num_experts_per_tok=2, first_k_dense_replace=1, n_group=2,
     topk_group=1, num_nextn_predict_layers=1,
 )  # fmt: skip
