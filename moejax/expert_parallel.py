@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec
 
 from moejax import dispatch, exchange, experts, few_tokens, routing, sharding
 
+_COPIES = "expert weights copied to every device"
+
 
 def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_experts: int, implementation=None, way=None):
     """Σ_k weight · expert(x) for x (B, L, D) and a decision with leading axis B; (B, L, D) in x's dtype.
@@ -23,7 +25,7 @@ def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_expert
     down (E, F, D). `way` names the exchange (`model.moe.exchange`). Raises UserError where E does not divide over the
     expert axis.
     """
-    run = functools.partial(_local, num_experts=num_experts, implementation=implementation)
+    run = functools.partial(_mixture, num_experts=num_experts, implementation=implementation)
     axes = sharding.batch_axes()
     groups = jax.tree.leaves(decision)[0].shape[0]
     if not axes or groups != x.shape[0]:
@@ -31,29 +33,38 @@ def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_expert
     rows, held = PartitionSpec(axes), PartitionSpec()
     if exchange.AXIS in axes:
         exchange.check_experts(num_experts, jax.sharding.get_abstract_mesh().shape[exchange.AXIS])
-        exchange.pick(way)
-        run, held = functools.partial(_by_gather, implementation=implementation), PartitionSpec(exchange.AXIS)
-    copied = tuple(axis for axis in axes if axis not in held)
+        run, held = functools.partial(run, way=exchange.pick(way)), PartitionSpec(exchange.AXIS)
+    run = functools.partial(run, copied=tuple(axis for axis in axes if axis not in held))
+    return jax.shard_map(run, in_specs=(rows, rows, held), out_specs=rows, axis_names=set(axes))(x, decision, weights)
 
-    def local(x, decision, weights):
+
+_STATIC = ("num_experts", "implementation", "way", "copied")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)  # traced and lowered once, not in each of a model's layers
+def _mixture(x, decision, weights, *, num_experts, implementation, way=None, copied=()):
+    """One device's part, where weights are the same along the mesh axes `copied`."""
+
+    def run(x, decision, weights):
         # Replicated going in, different on each device coming back: the cast's transpose is the sum over devices.
         if copied:
             weights = jax.tree.map(lambda w: lax.pcast(w, copied, to="varying"), weights)
-        return run(x, decision, weights)
+        if way == "gather":
+            return _by_gather(x, decision, weights, implementation)
+        return _local(x, decision, weights, num_experts, implementation)
 
-    return jax.shard_map(local, in_specs=(rows, rows, held), out_specs=rows, axis_names=set(axes))(x, decision, weights)
+    if copied:
+        # What the cast gives would be kept for the backward pass: the experts of all layers, whole, on every device.
+        # Cast again there, FSDP gathers them again. This must stay inside of jit, whose own inputs aren't kept twice.
+        run = jax.checkpoint(run, prevent_cse=False, policy=lambda primitive, *_, **__: primitive.name != "pvary")
+    return run(x, decision, weights)
 
 
-def _local(x, decision, weights, *, num_experts, implementation):
+def _local(x, decision, weights, num_experts, implementation):
     tokens = x.reshape(-1, x.shape[-1])
     flat = flatten(decision, tokens.shape[0])
     if few_tokens.suits(flat, implementation):
         return few_tokens.mixture(tokens, flat, weights).reshape(x.shape)
-    return _sorted(tokens, flat, weights, num_experts, implementation).reshape(x.shape)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))  # traced and lowered once, not in each of a model's layers
-def _sorted(tokens, flat, weights, num_experts, implementation):
     with jax.named_scope("dispatch"):
         plan = dispatch.plan(flat, num_experts)
         rows = dispatch.gather(tokens, plan)
@@ -62,10 +73,10 @@ def _sorted(tokens, flat, weights, num_experts, implementation):
             rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes, implementation=implementation
         )
     with jax.named_scope("combine"):
-        return dispatch.combine(rows, plan, tokens.shape[0])
+        return dispatch.combine(rows, plan, tokens.shape[0]).reshape(x.shape)
 
 
-def _by_gather(x, decision, weights, *, implementation):
+def _by_gather(x, decision, weights, implementation):
     """All tokens of the expert axis on every one of its devices, which runs those that chose its experts.
 
     Dropless: the plan has room for every row of every device. Sums over experts are taken in float32, across devices

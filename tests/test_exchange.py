@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from jax.ad_checkpoint import print_saved_residuals
 
 from moejax import config_checks, exchange, expert_parallel, optimizer, sharding, train_step
 from moejax.errors import UserError
@@ -79,6 +80,18 @@ def test_the_collectives_are_the_ones_meant_and_expert_weights_stay():
     assert f"f32[{B},{L},{D}]" in gathered  # the tokens
     assert not [shape for shape in gathered if f"{D},{F}]" in shape or f"{F},{D}]" in shape]
     assert "reduce-scatter(" in text
+
+
+def test_copies_of_expert_weights_are_not_kept_for_the_backward_pass(capsys):
+    """Kept, those of all devices would be residuals of 8·E experts."""
+    x, decision, weights = inputs("uneven")
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "fsdp": 4})):
+        print_saved_residuals(
+            lambda x, weights: expert_parallel.mixture(x, decision, weights, num_experts=E), x, weights
+        )
+    kept = re.findall(r"^\w+\[([\d,]*)\]", capsys.readouterr().out, re.MULTILINE)
+    assert f"{E},{D},{F}" in kept  # the weights as they are
+    assert not {f"{8 * E},{D},{F}", f"{8 * E},{F},{D}"} & set(kept)
 
 
 def test_choices_of_other_devices_are_left_out_and_mine_are_renumbered():
