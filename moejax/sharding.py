@@ -61,10 +61,14 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Sequence[jax.Device]
         raise UserError(f"mesh sizes {sizes} leave out all devices of process {min(idle)}: let config.mesh use them")
     types = (AxisType.Auto,) * len(AXES)
     groups = len({getattr(device, "slice_index", 0) for device in devices})
-    if groups == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     inside, across = over_groups(shape, groups)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+    try:
+        if groups == 1:
+            return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
+    except (AssertionError, NotImplementedError, ValueError) as error:  # a torus takes few shapes
+        raise UserError(f"mesh sizes {sizes} can't be laid over these {len(devices)} {devices[0].device_kind} devices: "
+                        "use all of them, with powers of two") from error  # fmt: skip
 
 
 def over_groups(shape: Sequence[int], groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
