@@ -116,7 +116,8 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Compiled
 
 
 def report(compiled: jax.stages.Compiled, kind: str) -> None:
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory: Any = compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis() or {}
     peak = getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + memory.temp_size_in_bytes
     rows = {
         "arguments": memory.argument_size_in_bytes,
@@ -129,7 +130,7 @@ def report(compiled: jax.stages.Compiled, kind: str) -> None:
         print(f"  of {HBM[kind]} GiB: {peak / 2**30 / HBM[kind]:.0%}")
     print(f"  FLOPs        {cost.get('flops', math.nan):8.3g} per device, as XLA counts: loops once, no kernels")
     print("collectives, bytes of their results per device (× those in a loop's body run once for each layer):")
-    for (name, shape), (count, size) in sorted(collectives(compiled.as_text()).items(), key=lambda item: -item[1][1]):
+    for (name, shape), (count, size) in sorted(collectives(compiled.as_text() or "").items(), key=lambda item: -item[1][1]):
         print(f"  {name:20} {count:4} × {shape:32} {size / 2**20:12.2f} MiB")
 
 
