@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,14 +45,17 @@ def test_each_layers_bias_moves_by_its_own_counts():
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """A workdir of the tiny DeepSeek-V3, whose vocabulary is made to hold the byte tokenizer's 257 tokens."""
+    """A workdir of the tiny DeepSeek-V3 with a prediction module and a vocabulary for the 257 tokens of bytes."""
     folder = tmp_path_factory.mktemp("imported")
     model, variables = models.load_hf(TINY / "deepseek_v3")
     family, config = models.FAMILIES["deepseek_v3"], dataclasses.replace(model.config, vocab_size=384)
-    params = dict(variables["params"])
+    config = dataclasses.replace(config, num_nextn_predict_layers=1)
+    fresh = nn.unbox(jax.jit(family.model(config).init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
+    params = fresh["params"] | variables["params"]
+    state = fresh["router_state"] | variables["router_state"]
     params["embedding"] = jnp.tile(params["embedding"], (3, 1))
     params["unembedding"] = jnp.tile(params["unembedding"], (1, 3))
-    hf_export.export_variables(folder / "source", family, config, variables | {"params": params})
+    hf_export.export_variables(folder / "source", family, config, {"params": params, "router_state": state})
     hf_checkpoint.convert(folder / "source", folder / "run", models.FAMILIES, "bfloat16")
     return folder / "run"
 
@@ -63,7 +67,9 @@ def run_config(imported, folder, **mesh):
             source=f"text:{folder}/text/*.txt", sequence_length=16, batch_size=8, cache_dir=str(folder / "cache")
         ),
         model=small.model_config(
-            MoEConfig(router="moejax.routing:sigmoid_top_k", load_balance_weight=0.01, bias_update_rate=RATE),
+            MoEConfig(
+                router="moejax.routing:sigmoid_top_k", load_balance_weight=0.01, bias_update_rate=RATE, mtp_weight=0.3
+            ),
             vocab_size=None,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1),
@@ -91,7 +97,8 @@ def test_a_run_from_an_import_is_the_same_on_a_mesh_and_goes_on(imported, tmp_pa
     assert all(RATE * 0.99 <= value <= 2 * RATE * 1.01 for value in jax.tree.leaves(moved["router_state"]))
     lines = list(metrics.read_lines(tmp_path / "mesh" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2]
-    assert len(lines[0]["max_violation_per_layer"]) == 2 and lines[0]["load_balance_loss"] > 0
+    assert len(lines[0]["max_violation_per_layer"]) == 3 and lines[0]["load_balance_loss"] > 0
+    assert "mtp_0" in moved["params"]  # its loss has a gradient, or the check above would have failed
 
     # its checkpoint names the family, so that the other commands read it as they read an import
     run = hf_checkpoint.Stored(tmp_path / "mesh", models.FAMILIES)
