@@ -130,7 +130,8 @@ def report(compiled: jax.stages.Compiled, kind: str) -> None:
         print(f"  of {HBM[kind]} GiB: {peak / 2**30 / HBM[kind]:.0%}")
     print(f"  FLOPs        {cost.get('flops', math.nan):8.3g} per device, as XLA counts: loops once, no kernels")
     print("collectives, bytes of their results per device (× those in a loop's body run once for each layer):")
-    for (name, shape), (count, size) in sorted(collectives(compiled.as_text() or "").items(), key=lambda item: -item[1][1]):
+    found = collectives(compiled.as_text() or "")
+    for (name, shape), (count, size) in sorted(found.items(), key=lambda item: -item[1][1]):
         print(f"  {name:20} {count:4} × {shape:32} {size / 2**20:12.2f} MiB")
 
 
