@@ -1,11 +1,11 @@
-# make demo | test | test-tpu | quick | lint | types.  Each makes what it needs; a second call skips what is done.
+# make demo | test | test-tpu | quick | long | lint | types.  Each makes what it needs; a second call skips what is done.
 # ACCELERATOR=cuda13 or tpu installs that build of jax.
 ACCELERATOR ?= cpu
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed-$(ACCELERATOR)
 
-.PHONY: demo test test-tpu quick lint types setup clean
+.PHONY: demo test test-tpu quick long lint types setup clean
 setup: $(STAMP)
 
 $(VENV)/.installed-%: requirements.txt pyproject.toml tools/make_venv.sh
@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(PYTHON) experiments/demo.py
 
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu and not tpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not long and not gpu and not tpu"
 
 # Compiles for TPU on any machine: libtpu (0.7 GB, of jax 0.11.2's tpu extra) needs no TPU for that. It lies apart:
 # installed beside jax it would look for a TPU, and complain, in every later command.
@@ -28,7 +28,10 @@ test-tpu: $(STAMP) $(LIBTPU)
 	PYTHONPATH=$(LIBTPU) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PYTHON) -m pytest -m tpu tests/test_tpu.py
 
 quick: $(STAMP)
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not tpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not long and not gpu and not tpu"
+
+long: $(STAMP)
+	$(PYTHON) -m pytest -m long
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

@@ -140,7 +140,7 @@ def test_two_processes_one_of_them_killed_and_one_goes_on(run):
     assert_as_one_process(run, last, DENSE)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # four interpreters on two cores: almost a minute
 def test_four_processes_stop_together_at_a_signal_and_one_goes_on(run):
     """Experts lie across processes, two by two; a restart on one compiles what the reference compiles."""
     run.start(4, *SPARSE, LONG)
