@@ -70,6 +70,12 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
     _above_zero("model.moe", moe, "capacity_factor", "eval_capacity_factor")
     _one_of("model.moe.implementation", moe.implementation, grouped_matmul.IMPLEMENTATIONS)
     exchange.pick(moe.exchange)
+    _above_zero("model.moe", moe, "exchange_factor")
+    if moe.exchange_factor is not None and moe.exchange != "all_to_all":
+        raise UserError(
+            f"config.model.moe.exchange_factor={moe.exchange_factor} does nothing with exchange={moe.exchange!r}: "
+            "leave it out or set model.moe.exchange='all_to_all'"
+        )
     if mesh is not None and mesh.expert > 1 and moe.num_experts % mesh.expert:
         raise UserError(
             f"config.model.moe.num_experts={moe.num_experts} can't be shared evenly by mesh.expert={mesh.expert} "
@@ -82,6 +88,11 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
         kind = type(decision).__name__
         raise UserError(f"router {moe.router} returns a {kind}: it must return a Routing or an ExpertChoice")
     if isinstance(decision, ExpertChoice):
+        if moe.exchange == "all_to_all":
+            raise UserError(
+                f"config.model.moe.exchange='all_to_all' can't move rows of {moe.router}, where experts choose tokens: "
+                "give 'gather'"
+            )
         own = inspect.signature(router).parameters
         hint = "; its own is router_options.capacity_factor" if "capacity_factor" in own else ""
         _refuse(

@@ -32,7 +32,7 @@ def evaluate(
 
     Returns loss (nats per unmasked target), bits_per_byte, targets, and for a sparse model max_violation (mean over
     layers of the MaxVio of the loads summed over all batches), max_violation_per_layer, dropped_fraction and
-    routing_entropy, else None for these.
+    routing_entropy, else None for these; overflow_fraction likewise, None where no exchange can overflow.
     """
     placement = sharding.batch_sharding(mesh)
     total: dict[str, Any] | None = None
@@ -48,8 +48,9 @@ def evaluate(
         "bits_per_byte": float(total["nats"] / np.log(2) / total["bytes"]),
         "targets": int(total["targets"]),
     }
-    names = ("max_violation", "max_violation_per_layer", "dropped_fraction", "routing_entropy")
+    names = ("max_violation", "max_violation_per_layer", "dropped_fraction", "overflow_fraction",
+             "routing_entropy")  # fmt: skip
     if not total["tallies"]:
         return result | dict.fromkeys(names)
     statistics = layer_statistics(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), total["tallies"]))
-    return result | {name: np.asarray(statistics[name]).tolist() for name in names}
+    return result | {name: np.asarray(statistics.get(name)).tolist() for name in names}

@@ -1,12 +1,17 @@
 """Ways to bring rows to the devices that hold their experts, and results back; called inside `expert_parallel`'s
 shard_map, where the `expert` axis is manual.
 
-Letters: T tokens of one device, D model width, E experts, S devices on the expert axis.
+`gather` brings all tokens to all devices. `all_to_all` sends each choice's row to its expert's device, in equal pieces:
+`Parcels` says which row stands where; a token with several experts on one device is sent once for each.
+
+Letters: T tokens of one device, D model width, E experts, K experts per token, S devices on the expert axis, C rows
+from one device to another.
 """
 
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +19,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax import dispatch
 from moejax.errors import UserError
 from moejax.routing import ExpertChoice, Routing
+from moejax.routing_select import rank_in_expert
 
 AXIS = "expert"
-NAMES = ("gather",)
+NAMES = ("gather", "all_to_all")
 
 
 def pick(name: str | None) -> str:
-    """The exchange that runs for `model.moe.exchange` = name; UserError for one that doesn't exist."""
+    """The exchange that runs for `model.moe.exchange` = name; UserError for one that doesn't exist.
+
+    None is gather on every platform.
+    """
     if name is None:
         _say_pick(jax.default_backend())
         return "gather"
@@ -75,3 +85,73 @@ def local_experts(decision: Routing | ExpertChoice, first: jax.Array, mine: int)
     experts = decision.experts - first.astype(decision.experts.dtype)
     here = (experts >= 0) & (experts < mine)
     return dataclasses.replace(decision, experts=jnp.where(here, experts, 0), keep=decision.keep & here)
+
+
+# ---- all_to_all
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parcels:
+    """The S·C places for rows that leave a device, C for each of S devices, in the order of devices, then of choices.
+
+    plan: rows of the device's tokens in these places (`dispatch.gather`) and the way back (`dispatch.combine`); every
+    place counts as a row, an empty one has weight 0. expert (S·C,) i32: the expert's number on the device that the row
+    goes to, E/S in an empty place. overflow () i32: choices that found no place.
+    """
+
+    plan: dispatch.Plan
+    expert: jax.Array
+    overflow: jax.Array
+
+
+def rows_per_pair(factor: float | None, tokens: int, experts_per_token: int, mine: int, devices: int) -> int:
+    """C = ceil(factor · T · K / S), at most T · min(K, E/S): what a device with `mine` = E/S experts can be sent, and
+    what None gives. UserError where the factor leaves less than one row."""
+    all_of_them = tokens * min(experts_per_token, mine)
+    if factor is None:
+        return all_of_them
+    rows = factor * tokens * experts_per_token / devices
+    if rows < 1:
+        raise UserError(
+            f"config.model.moe.exchange_factor={factor} leaves {rows:.3g} rows for a pair of devices, of "
+            f"{tokens} tokens · {experts_per_token} experts each on {devices} devices: give at least "
+            f"{devices / (tokens * experts_per_token):.3g}, or leave it out"
+        )
+    # the small subtraction keeps 1.1 · 100 / 10 = 11.000000000000002 at 11
+    return min(math.ceil(rows - 1e-9), all_of_them)
+
+
+def pack(decision: Routing, mine: int, devices: int, rows: int) -> Parcels:
+    """Places for the choices of a flat decision (T, K), `rows` = C for each device; earlier tokens have precedence."""
+    T, K = decision.experts.shape
+    places = devices * rows
+    expert, keep = decision.experts.reshape(T * K), decision.keep.reshape(T * K)
+    device = expert // mine
+    rank = rank_in_expert(device, keep, devices)
+    fits = keep & (rank < rows)
+    place = jnp.where(fits, device * rows + rank, places)
+    choice = jnp.full((places,), T * K, jnp.int32).at[place].set(jnp.arange(T * K, dtype=jnp.int32), mode="drop")
+    used = choice < T * K
+    choice = jnp.where(used, choice, 0)
+    plan = dispatch.Plan(
+        token=choice // K,
+        weight=jnp.where(used, decision.weights.astype(jnp.float32).reshape(T * K)[choice], 0),
+        group_sizes=jnp.full((devices,), rows, jnp.int32),
+        slot=place.reshape(T, K),
+    )
+    return Parcels(plan, jnp.where(used, expert[choice] % mine, mine), jnp.sum(keep & ~fits, dtype=jnp.int32))
+
+
+def swap(a: jax.Array) -> jax.Array:
+    """(S·C, …) -> (S·C, …): piece i goes to device i, and the piece from device i comes to place i. Its own inverse
+    and its own gradient."""
+    with jax.named_scope("exchange"):
+        return lax.all_to_all(a, AXIS, split_axis=0, concat_axis=0, tiled=True)
+
+
+def arrived(expert: jax.Array, mine: int) -> Routing:
+    """The rows that came, as tokens of one choice each: expert (R,) i32 on this device, `mine` where there is none."""
+    ones = jnp.ones((expert.shape[0], 1), jnp.float32)
+    there = (expert < mine)[:, None]
+    return Routing(jnp.where(there, expert[:, None], 0), ones, ones, there)

@@ -13,17 +13,34 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from moejax import dispatch, exchange, experts, few_tokens, routing, sharding
+from moejax.errors import UserError
 
 _COPIES = "expert weights copied to every device"
 
 
-def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_experts: int, implementation=None, way=None):
+def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], **options) -> jax.Array:
+    """`mixture_and_overflow` without the overflow."""
+    return mixture_and_overflow(x, decision, weights, **options)[0]
+
+
+def mixture_and_overflow(
+    x: jax.Array,
+    decision,
+    weights: dict[str, jax.Array],
+    *,
+    num_experts: int,
+    implementation: str | None = None,
+    way: str | None = None,
+    factor: float | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
     """Σ_k weight · expert(x) for x (B, L, D) and a decision with leading axis B; (B, L, D) in x's dtype.
 
     `decision` holds either Routing fields (B, L, K) or ExpertChoice fields (B, E, C) with token positions inside the
     row; one leading group that spans the batch, (1, E, C), runs without shard_map. `weights`: gate, up (E, D, F) and
-    down (E, F, D). `way` names the exchange (`model.moe.exchange`). Raises UserError where E does not divide over the
-    expert axis.
+    down (E, F, D). `way` names the exchange (`model.moe.exchange`) and `factor` bounds its pieces
+    (`exchange.rows_per_pair`). The second value is the number of choices, () i32 over all devices, that found no room
+    in them and are missing from the result; None where nothing is exchanged. Raises UserError where E does not divide
+    over the expert axis, for a bound below one row, and for expert choice by all_to_all.
     """
     run = functools.partial(_mixture, num_experts=num_experts, implementation=implementation)
     axes = sharding.batch_axes()
@@ -33,25 +50,32 @@ def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], *, num_expert
     rows, held = PartitionSpec(axes), PartitionSpec()
     if exchange.AXIS in axes:
         exchange.check_experts(num_experts, jax.sharding.get_abstract_mesh().shape[exchange.AXIS])
-        run, held = functools.partial(run, way=exchange.pick(way)), PartitionSpec(exchange.AXIS)
+        way = exchange.pick(way)
+        if way == "all_to_all" and not isinstance(decision, routing.Routing):
+            raise UserError("config.model.moe.exchange='all_to_all' can't move rows of expert choice: give 'gather'")
+        run, held = functools.partial(run, way=way, factor=factor), PartitionSpec(exchange.AXIS)
     run = functools.partial(run, copied=tuple(axis for axis in axes if axis not in held))
-    return jax.shard_map(run, in_specs=(rows, rows, held), out_specs=rows, axis_names=set(axes))(x, decision, weights)
+    run = jax.shard_map(run, in_specs=(rows, rows, held), out_specs=(rows, rows), axis_names=set(axes))
+    y, overflow = run(x, decision, weights)
+    return y, overflow if overflow is None else jnp.sum(overflow, dtype=jnp.int32)
 
 
-_STATIC = ("num_experts", "implementation", "way", "copied")
+_STATIC = ("num_experts", "implementation", "way", "factor", "copied")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)  # traced and lowered once, not in each of a model's layers
-def _mixture(x, decision, weights, *, num_experts, implementation, way=None, copied=()):
-    """One device's part, where weights are the same along the mesh axes `copied`."""
+def _mixture(x, decision, weights, *, num_experts, implementation, way=None, factor=None, copied=()):
+    """One device's part, where weights are the same along the mesh axes `copied`; overflow (1,) i32 or None."""
 
     def run(x, decision, weights):
         # Replicated going in, different on each device coming back: the cast's transpose is the sum over devices.
         if copied:
             weights = jax.tree.map(lambda w: lax.pcast(w, copied, to="varying"), weights)
         if way == "gather":
-            return _by_gather(x, decision, weights, implementation)
-        return _local(x, decision, weights, num_experts, implementation)
+            return _by_gather(x, decision, weights, implementation), None
+        if way == "all_to_all":
+            return _by_all_to_all(x, decision, weights, num_experts, implementation, factor)
+        return _local(x, decision, weights, num_experts, implementation), None
 
     if copied:
         # What the cast gives would be kept for the backward pass: the experts of all layers, whole, on every device.
@@ -96,6 +120,32 @@ def _by_gather(x, decision, weights, implementation):
     with jax.named_scope("combine"):
         y = dispatch.combine(rows.astype(jnp.float32), plan, tokens.shape[0])
     return exchange.sum_back(y).astype(x.dtype).reshape(x.shape)
+
+
+def _by_all_to_all(x, decision, weights, num_experts, implementation, factor):
+    """Rows go to their experts' devices and come back; gates are applied at home, where the sum is in float32."""
+    tokens = x.reshape(-1, x.shape[-1])
+    flat = flatten(decision, tokens.shape[0])
+    mine = weights["gate"].shape[0]
+    devices = num_experts // mine
+    T, K = flat.experts.shape
+    room = exchange.rows_per_pair(factor, T, K, mine, devices)
+    with jax.named_scope("dispatch"):
+        parcels = exchange.pack(flat, mine, devices, room)
+        sent = dispatch.gather(tokens, parcels.plan)
+    came, expert = exchange.swap(sent), exchange.swap(parcels.expert)
+    with jax.named_scope("dispatch"):
+        plan = dispatch.plan(exchange.arrived(expert, mine), mine)
+        rows = dispatch.gather(came, plan)
+    with jax.named_scope("experts"):
+        rows = experts.gated_ffn(
+            rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes, implementation=implementation
+        )
+    with jax.named_scope("combine"):
+        done = dispatch.combine(rows, plan, came.shape[0])
+    back = exchange.swap(done)
+    with jax.named_scope("combine"):
+        return dispatch.combine(back, parcels.plan, tokens.shape[0]).reshape(x.shape), parcels.overflow[None]
 
 
 def flatten(decision, num_tokens: int):

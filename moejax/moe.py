@@ -102,20 +102,22 @@ class MoE(nn.Module):
         with jax.named_scope("router"):
             logits, decision = self._route(x, tokens, mask)
         weights = self._experts(x.shape[-1], x.dtype)
+        overflow = None
         if config.dispatch == "dense":
             y = expert_parallel.dense_mixture(x, decision, weights)
         else:
-            y = expert_parallel.mixture(
+            y, overflow = expert_parallel.mixture_and_overflow(
                 x,
                 decision,
                 weights,
                 num_experts=config.num_experts,
                 implementation=config.implementation,
                 way=config.exchange,
+                factor=None if self.mode == "generate" else config.exchange_factor,
             )
         if config.shared_experts:
             y += layers.GatedFFN(config.shared_experts * self.hidden, x.dtype, self.init_scale, name="shared")(x)
-        return y, self._losses(logits, decision, mask)
+        return y, self._losses(logits, decision, mask, overflow)
 
     def _route(self, x, tokens, mask):
         """float32 logits (B, L, E) and the decision, its leading axis the routing group."""
@@ -170,14 +172,14 @@ class MoE(nn.Module):
         down = layers.parameter(self, "down", init, (num_experts, hidden, width), out)
         return {"gate": gate.astype(dtype), "up": up.astype(dtype), "down": down.astype(dtype)}
 
-    def _losses(self, logits, decision, mask):
+    def _losses(self, logits, decision, mask, overflow):
         """Unweighted losses over the global batch; sows the tallies.
 
         Expert choice is balanced by construction: its load-balance loss is 1 where every expert finds its C tokens.
         """
         config = self.config
         groups = mask if config.group == "sequence" or isinstance(decision, routing.Routing) else mask.reshape(1, -1)
-        tallies = routing_stats.tallies(lax.stop_gradient(decision), groups)
+        tallies = routing_stats.tallies(lax.stop_gradient(decision), groups, overflow)
         self.sow("intermediates", "routing", tallies, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         scores = decision.scores.reshape(logits.shape)
         losses = {"load_balance_loss": balance.load_balance_loss(scores, tallies["selected"], mask)}

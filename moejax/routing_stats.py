@@ -17,7 +17,7 @@ from moejax.routing_select import multi_hot, spread
 Array = jax.Array
 
 
-def tallies(decision: Routing | ExpertChoice, mask: Array) -> dict[str, Array]:
+def tallies(decision: Routing | ExpertChoice, mask: Array, overflow: Array | None = None) -> dict[str, Array]:
     """Additive counts of one layer's decision over unmasked tokens.
 
     For a Routing, whatever its leading axes (…, K), mask (…) bool:
@@ -27,9 +27,11 @@ def tallies(decision: Routing | ExpertChoice, mask: Array) -> dict[str, Array]:
       together (E, E) i32: tokens that chose both i and j (the diagonal: `selected`).
     For an ExpertChoice of tokens (…, E, C) in groups, mask (…, T_group), the same, where no token has K choices of its
     own: there a token is one assignment, `dropped` if no expert took it, and T of them are the `assignments`.
+    overflow () i32: kept choices that the exchange between devices had no room for; passed on if given.
     """
+    extra = {} if overflow is None else {"overflow": overflow}
     if isinstance(decision, ExpertChoice):
-        return _expert_choice_tallies(decision, mask)
+        return _expert_choice_tallies(decision, mask) | extra
     num_experts = decision.scores.shape[-1]
     choices = chosen(decision, mask)
     kept = choices & decision.keep
@@ -40,7 +42,7 @@ def tallies(decision: Routing | ExpertChoice, mask: Array) -> dict[str, Array]:
         "assignments": jnp.sum(mask, dtype=jnp.int32) * choices.shape[-1],
         "gate": jnp.sum(gates, axis=tuple(range(mask.ndim))),
         "together": _together(multi_hot(decision.experts, choices, num_experts)),
-    }
+    } | extra
 
 
 def _expert_choice_tallies(decision: ExpertChoice, mask: Array) -> dict[str, Array]:
@@ -80,6 +82,7 @@ def summarise(tallies: Mapping[str, Array]) -> dict[str, Array]:
     entropy (…): of the load, over ln E: 1 when uniform, 0 when one expert has all.
     dropped_fraction (…): dropped / assignments of `tallies`: of T·K choices those lost to capacity; in expert choice,
     of the tokens those that no expert took.
+    overflow_fraction (…): overflow / assignments, where `tallies` has one; its choices are in all other figures.
     gate_share (…, E): each expert's share of the summed gates, after capacity.
     coactivation (…, E, E): of the tokens that chose i, the share that also chose j; the diagonal is 1 where i is used.
     """
@@ -89,15 +92,18 @@ def summarise(tallies: Mapping[str, Array]) -> dict[str, Array]:
     entropy = -jnp.sum(jnp.where(load > 0, load * jnp.log(jnp.where(load > 0, load, 1.0)), 0.0), axis=-1)
     gate = tallies["gate"]
     used = jnp.sum(selected, axis=-1) > 0
-    return {
+    assignments = jnp.maximum(tallies["assignments"], 1).astype(jnp.float32)
+    figures = {
         "load": load,
         "max_violation": jnp.where(used, jnp.max(load, axis=-1) * num_experts - 1, 0.0),
         "entropy": entropy / np.float32(np.log(max(num_experts, 2))),
-        "dropped_fraction": tallies["dropped"].astype(jnp.float32)
-        / jnp.maximum(tallies["assignments"], 1).astype(jnp.float32),
+        "dropped_fraction": tallies["dropped"].astype(jnp.float32) / assignments,
         "gate_share": gate / jnp.maximum(jnp.sum(gate, axis=-1, keepdims=True), 1e-20),
         "coactivation": tallies["together"].astype(jnp.float32) / jnp.maximum(selected, 1.0)[..., None],
     }
+    if "overflow" in tallies:
+        figures["overflow_fraction"] = tallies["overflow"].astype(jnp.float32) / assignments
+    return figures
 
 
 def dead_experts(selected: Array | np.ndarray) -> np.ndarray:

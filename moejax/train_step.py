@@ -244,12 +244,13 @@ def bits_per_byte(nats: jax.Array, target_bytes: jax.Array) -> jax.Array:
 def layer_statistics(tallies: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Statistics of a step over MoE layers, from its tallies (leading axis: layer)."""
     layers = routing_stats.summarise(tallies)
+    overflow = layers.get("overflow_fraction")
     return {
         "max_violation": jnp.mean(layers["max_violation"]),
         "max_violation_per_layer": layers["max_violation"],
         "dropped_fraction": jnp.mean(layers["dropped_fraction"]),
         "routing_entropy": jnp.mean(layers["entropy"]),
-    }
+    } | ({} if overflow is None else {"overflow_fraction": jnp.mean(overflow)})
 
 
 def compiled_step(

@@ -63,5 +63,6 @@ def test_is_the_same_on_eight_devices_and_changes_no_state():
     before = jax.tree.map(np.array, variables)
     one, eight = run("aux_free"), run("aux_free", data=2, fsdp=4)
     for field, value in one.items():
-        np.testing.assert_allclose(eight[field], value, rtol=1e-5, err_msg=field)
+        found, wanted = np.asarray(eight[field], float), np.asarray(value, float)  # None, of no exchange, is NaN
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, err_msg=field)
     jax.tree.map(np.testing.assert_array_equal, variables, before)

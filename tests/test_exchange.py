@@ -1,6 +1,8 @@
 """Experts on several devices against the oracle that runs every expert on every token."""
 
 import dataclasses
+import functools
+import math
 import re
 
 import jax
@@ -10,8 +12,9 @@ import pytest
 import small
 from jax.ad_checkpoint import print_saved_residuals
 
-from moejax import config_checks, exchange, expert_parallel, optimizer, sharding, train_step
+from moejax import config_checks, exchange, expert_parallel, optimizer, routing_stats, sharding, train_step
 from moejax.errors import UserError
+from moejax.models.lm import LM
 from moejax.routing import ExpertChoice, Routing
 
 B, L, D, F, E, K = 8, 4, 8, 16, 8, 2
@@ -36,7 +39,15 @@ def inputs(kind: str):
     else:
         chosen = np.argsort(rng.random((B, L, E)), axis=-1)[..., :K]
         keep[rng.random((B, L, K)) < 0.2] = False
+    if kind == "one_token":  # on each device, and it has one expert
+        keep[:, 1:], keep[..., 1] = False, False
     return x, Routing(jnp.asarray(chosen, jnp.int32), normal(B, L, K), scores, jnp.asarray(keep)), weights
+
+
+def small_mesh(sizes: dict[str, int]) -> jax.sharding.Mesh:
+    """A mesh on as many devices as it needs, all eight for a -1."""
+    count = math.prod(sizes.values())
+    return sharding.make_mesh(sizes, devices=jax.devices()[: count if count > 0 else 8])
 
 
 def value_and_gradients(layer):
@@ -48,21 +59,25 @@ def value_and_gradients(layer):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "kind"),
+    ("way", "sizes", "kind"),
     [
-        ({"expert": 8}, "uneven"),
-        ({"data": 2, "expert": 4}, "uneven"),
-        ({"fsdp": 4, "expert": 2}, "uneven"),
-        ({"data": 2, "expert": -1}, "one_expert"),
-        ({"data": 2, "expert": 4}, "expert_choice"),
+        ("gather", {"expert": 8}, "uneven"),
+        ("gather", {"data": 2, "expert": 4}, "uneven"),
+        ("gather", {"fsdp": 4, "expert": 2}, "uneven"),
+        ("gather", {"data": 2, "expert": -1}, "one_expert"),
+        ("gather", {"data": 2, "expert": 4}, "expert_choice"),
+        ("all_to_all", {"expert": 2}, "uneven"),
+        ("all_to_all", {"data": 2, "expert": 4}, "uneven"),
+        ("all_to_all", {"expert": 8}, "one_expert"),
+        ("all_to_all", {"expert": 8}, "one_token"),
     ],
 )
-def test_gather_equals_the_dense_oracle_in_values_and_gradients(sizes, kind):
+def test_every_way_equals_the_dense_oracle_in_values_and_gradients(way, sizes, kind):
     x, decision, weights = inputs(kind)
     arguments = (x, decision.weights, weights, decision)
     (_, wanted), wanted_grads = value_and_gradients(expert_parallel.dense_mixture)(*arguments)
-    layer = value_and_gradients(lambda *a: expert_parallel.mixture(*a, num_experts=E, way="gather"))
-    with jax.set_mesh(sharding.make_mesh(sizes)):
+    layer = value_and_gradients(lambda *a: expert_parallel.mixture(*a, num_experts=E, way=way))
+    with jax.set_mesh(small_mesh(sizes)):
         (_, y), grads = layer(*arguments)
     assert small.largest_difference(wanted, y) < 1e-5
     assert small.largest_difference(wanted_grads, grads) < 1e-5
@@ -80,6 +95,63 @@ def test_the_collectives_are_the_ones_meant_and_expert_weights_stay():
     assert f"f32[{B},{L},{D}]" in gathered  # the tokens
     assert not [shape for shape in gathered if f"{D},{F}]" in shape or f"{F},{D}]" in shape]
     assert "reduce-scatter(" in text
+
+
+def test_all_to_all_moves_rows_alone():
+    x, decision, weights = inputs("uneven")
+    mesh = small_mesh({"expert": 4})
+    arguments = jax.device_put((x, decision.weights, weights, decision), jax.NamedSharding(mesh, jax.P("expert")))
+    with jax.set_mesh(mesh):
+        run = value_and_gradients(lambda *a: expert_parallel.mixture(*a, num_experts=E, way="all_to_all"))
+        text = run.lower(*arguments).compile().as_text()
+    assert " all-to-all(" in text
+    assert " all-gather" not in text and " reduce-scatter" not in text
+    # C = T · min(K, E/S) = 8 · 2 rows from each of 4 devices to each, with their experts' numbers; no weights
+    moved = set(re.findall(r"(\w+\[[\d,]*\])[^=]* all-to-all\(", text))
+    assert moved == {f"f32[16,{D}]", "s32[16]"}
+
+
+def test_choices_are_packed_by_device_and_overflow_is_counted():
+    """Experts 0, 1 on device 0, 2, 3 on device 1; two rows for each. Token 2's second choice is the third for device 1
+    (after token 0's second and token 2's first); token 1's second isn't kept and takes no room."""
+    decision = Routing(
+        experts=jnp.array([[0, 2], [1, 0], [3, 2]], jnp.int32),
+        weights=jnp.array([[0.6, 0.4], [0.7, 0.3], [0.8, 0.2]], jnp.float32),
+        scores=jnp.ones((3, 4), jnp.float32),
+        keep=jnp.array([[True, True], [True, False], [True, True]]),
+    )
+    found = exchange.pack(decision, mine=2, devices=2, rows=2)
+    assert found.overflow == 1
+    np.testing.assert_array_equal(found.plan.token, [0, 1, 0, 2])
+    np.testing.assert_array_equal(found.expert, [0, 1, 0, 1])
+    np.testing.assert_array_equal(found.plan.slot, [[0, 2], [1, 4], [3, 4]])
+    np.testing.assert_allclose(found.plan.weight, [0.6, 0.7, 0.4, 0.8])
+    spare = exchange.pack(decision, mine=2, devices=2, rows=3)  # a third place: empty for device 0, taken for 1
+    assert spare.overflow == 0
+    np.testing.assert_array_equal(spare.expert, [0, 1, 2, 0, 1, 0])
+
+
+def test_what_overflows_is_missing_from_the_result_and_reported():
+    """Four tokens a device, all to expert 5: factor 2 leaves 2 · 4 · 2 / 8 = 2 rows for a pair, so tokens 2 and 3 of
+    each of 8 devices find no room: 16 choices of 8 · 4 · 2."""
+    x, decision, weights = inputs("one_expert")
+    wanted = jax.jit(expert_parallel.dense_mixture)(x, decision, weights)
+    run = functools.partial(expert_parallel.mixture_and_overflow, num_experts=E, way="all_to_all", factor=2.0)
+    with jax.set_mesh(small_mesh({"expert": 8})):
+        y, overflow = jax.jit(run)(x, decision, weights)
+    assert overflow == 16
+    assert small.largest_difference(wanted[:, :2], y[:, :2]) < 1e-5
+    assert (y[:, 2:] == 0).all() and (wanted[:, 2:] != 0).any()
+    tallies = routing_stats.tallies(decision, jnp.ones((B, L), bool), overflow)
+    assert routing_stats.summarise(tallies)["overflow_fraction"] == 16 / 64
+
+
+def test_rows_for_a_pair_of_devices():
+    assert exchange.rows_per_pair(None, 16, 4, mine=2, devices=4) == 16 * 2  # of 4 choices 2 can be on one device
+    assert exchange.rows_per_pair(1.1, 10, 4, mine=2, devices=4) == 11
+    assert exchange.rows_per_pair(9.0, 16, 4, mine=2, devices=4) == 32
+    with pytest.raises(UserError, match=r"exchange_factor=0.2 leaves 0.8 rows .* give at least 0.25"):
+        exchange.rows_per_pair(0.2, 4, 4, mine=2, devices=4)
 
 
 def test_copies_of_expert_weights_are_not_kept_for_the_backward_pass(capsys):
@@ -108,39 +180,55 @@ def test_what_cannot_be_meant_is_one_line():
     with pytest.raises(UserError, match="8 experts can't be shared evenly by the 3 devices"):
         exchange.check_experts(8, 3)
     moe = dataclasses.replace(small.ROUTERS["top_k"], exchange="telepathy")
-    with pytest.raises(UserError, match=r"moe\.exchange='telepathy' does not exist; there is gather"):
+    with pytest.raises(UserError, match=r"moe\.exchange='telepathy' does not exist; there is gather, all_to_all:"):
         config_checks.check_moe(moe)
+    with pytest.raises(UserError, match=r"moe\.exchange_factor=2\.0 does nothing with exchange=None"):
+        config_checks.check_moe(dataclasses.replace(small.ROUTERS["top_k"], exchange_factor=2.0))
+    with pytest.raises(UserError, match=r"'all_to_all' can't move rows of moejax\.routing:expert_choice"):
+        config_checks.check_moe(dataclasses.replace(small.ROUTERS["expert_choice"], exchange="all_to_all"))
+    x, decision, weights = inputs("expert_choice")
+    with jax.set_mesh(small_mesh({"expert": 8})), pytest.raises(UserError, match="can't move rows of expert choice"):
+        expert_parallel.mixture(x, decision, weights, num_experts=E, way="all_to_all")
 
 
-@pytest.mark.slow
-def test_a_step_with_experts_on_four_devices_is_that_of_one():
-    """Loss and all gradients to 1e-5; counts and selection biases exactly."""
-    settings = small.config(small.ROUTERS["aux_free"])
-    model, variables = small.initialised("aux_free")
-    tx = optimizer.make(settings.optimizer)
+@functools.lru_cache
+def step_on(sizes: tuple[tuple[str, int], ...], router: str, way: str | None):
+    """Loss, gradients, counts, biases after the rule and overflow of one step of the small model."""
+    settings = small.config(dataclasses.replace(small.ROUTERS[router], exchange=way))
+    model, (_, variables) = LM(settings.model), small.initialised(router)
     moe = settings.model.moe
     assert moe is not None
 
-    def step(mesh):
-        def run(params, router_state, batch):
-            key = jax.random.key(0)
-            grads, sums = train_step.gradients(
-                train_step.TrainState(jnp.int32(0), params, router_state, None, None),
-                batch, key, model=model, moe=moe, microbatches=1,
-            )  # fmt: skip
-            selected = sums["tallies"]["selected"]
-            return sums["total_loss"], grads, selected, train_step.moved_biases(router_state, selected, 0.01)
+    def run(params, router_state, batch):
+        state = train_step.TrainState(jnp.int32(0), params, router_state, None, None)
+        grads, sums = train_step.gradients(state, batch, jax.random.key(0), model=model, moe=moe, microbatches=1)
+        tallies = sums["tallies"]
+        biases = train_step.moved_biases(router_state, tallies["selected"], 0.01)
+        return sums["total_loss"], grads, tallies["selected"], biases, tallies.get("overflow")
 
-        shardings = train_step.state_shardings(model, tx, mesh)
-        params = jax.device_put(variables["params"], shardings.params)
-        router_state = jax.device_put(variables["router_state"], sharding.replicated(mesh))
-        with jax.set_mesh(mesh):
-            batch = train_step.to_devices(small.batch(padded=3), sharding.batch_sharding(mesh))
-            return jax.tree.map(np.asarray, jax.jit(run)(params, router_state, batch))
+    mesh = small_mesh(dict(sizes))
+    params = jax.device_put(
+        variables["params"], train_step.state_shardings(model, optimizer.make(settings.optimizer), mesh).params
+    )
+    router_state = jax.device_put(variables.get("router_state", {}), sharding.replicated(mesh))
+    with jax.set_mesh(mesh):
+        batch = train_step.to_devices(small.batch(padded=3), sharding.batch_sharding(mesh))
+        return jax.tree.map(np.asarray, jax.jit(run)(params, router_state, batch))
 
-    loss, grads, counts, bias = step(sharding.make_mesh({}, devices=jax.devices()[:1]))
-    found = step(sharding.make_mesh({"data": 2, "expert": 4}))
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("router", "way"), [("aux_free", "gather"), ("aux_free", "all_to_all"), ("top_k", "all_to_all")]
+)
+def test_a_step_with_experts_on_four_devices_is_that_of_one(router, way):
+    """Loss and all gradients to 1e-5; counts and selection biases exactly."""
+    loss, grads, counts, bias, no_overflow = step_on((("data", 1),), router, None)
+    found = step_on((("data", 2), ("expert", 4)), router, way)
     assert small.largest_difference((loss, grads), found[:2]) < 1e-5
-    assert counts.sum() == 2 * 8 * 13 * 2  # layers · rows · unpadded places · K: nothing dropped
+    per_token = small.ROUTERS[router].experts_per_token
+    assert counts.sum() == 2 * 8 * 13 * per_token  # layers · rows · unpadded places · K: nothing dropped
     np.testing.assert_array_equal(counts, found[2])
     jax.tree.map(np.testing.assert_array_equal, bias, found[3])
+    assert no_overflow is None
+    if way == "all_to_all":
+        np.testing.assert_array_equal(found[4], [0, 0])  # of two layers
