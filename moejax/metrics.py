@@ -173,7 +173,7 @@ class Writer:
             self._said = now
 
     def summary(self, values: Mapping[str, Any]) -> str:
-        """Loss, tokens/s, MFU where the chip's peak is known, and MaxVio where the model is sparse."""
+        """Loss, tokens/s, MFU where the chip's peak is known, MaxVio where the model is sparse, and overflow if any."""
         parts = []
         if values["loss"] is not None:
             parts.append(f"loss {values['loss']:.4f}")
@@ -184,6 +184,8 @@ class Writer:
                 parts.append(f"MFU {self._mfu_per_rate * rate:.1%}")
         if values.get("max_violation") is not None:
             parts.append(f"MaxVio {values['max_violation']:.2f}")
+        if values.get("overflow_fraction"):
+            parts.append(f"{values['overflow_fraction']:.2%} of choices overflow in the exchange")
         return ", ".join(parts)
 
 

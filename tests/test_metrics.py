@@ -88,8 +88,10 @@ def test_the_progress_names_loss_rate_mfu_and_maxvio(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "peak_flops", lambda kind: 1e9)
     flops = accounting.account(CONFIG.model, CONFIG.data.sequence_length).train_flops_per_token
     with metrics.Writer(tmp_path, CONFIG, total_steps=100, devices=8, progress=False) as writer:
-        text = writer.summary(values(4, max_violation=0.125))
+        text = writer.summary(values(4, max_violation=0.125, overflow_fraction=0.0))
+        overflowing = writer.summary(values(4, max_violation=0.125, overflow_fraction=0.0312))
     assert text == f"loss 0.2500, 1,000 tokens/s, MFU {1000 * flops / 8e9:.1%}, MaxVio 0.12"
+    assert overflowing == text + ", 3.12% of choices overflow in the exchange"
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
