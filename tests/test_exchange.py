@@ -218,7 +218,12 @@ def step_on(sizes: tuple[tuple[str, int], ...], router: str, way: str | None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("router", "way"), [("aux_free", "gather"), ("aux_free", "all_to_all"), ("top_k", "all_to_all")]
+    ("router", "way"),
+    [
+        ("aux_free", "gather"),
+        ("aux_free", "all_to_all"),
+        pytest.param("top_k", "all_to_all", marks=pytest.mark.long),
+    ],
 )
 def test_a_step_with_experts_on_four_devices_is_that_of_one(router, way):
     """Loss and all gradients to 1e-5; counts and selection biases exactly."""
