@@ -10,13 +10,9 @@ transformers: there an OLMoE of the config's sizes takes steps on as many tokens
 experts, compiled on a GPU.
 """
 
-import collections
 import dataclasses
-import glob
 import json
-import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 import jax
@@ -24,7 +20,7 @@ from absl import flags
 
 from experiments import cli
 from experiments.benchmark_cpu_model import random_batch
-from moejax import accounting, environment, memory, optimizer, sharding
+from moejax import accounting, environment, memory, optimizer, scopes, sharding
 from moejax import config as configs
 from moejax.config import Config
 from moejax.errors import UserError
@@ -37,10 +33,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats of each case; the median 
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter with torch and transformers.")
 
 PEER = Path(__file__).parent / "peers" / "hf_train_step.py"
-# The innermost one of an operation's path counts.
-SCOPES = (
-    "attention", "router", "dispatch", "exchange", "experts", "combine", "head", "loss", "optimizer", "statistics",
-)  # fmt: skip
 
 
 def forced(config: Config) -> Config:
@@ -80,54 +72,6 @@ class Step:
         return sizes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
-def scope_of(path: str) -> str:
-    """The named scope that an operation's path (its op_name in the HLO) counts for: the last of SCOPES in it."""
-    names = [name for name in re.split(r"[/()]", path) if name in SCOPES]
-    return names[-1] if names else "other"
-
-
-def scopes_by_operation(program: str) -> dict[str, str]:
-    """Name of each operation of a compiled program's text -> its scope."""
-    found = {}
-    for line in program.splitlines():
-        name, path = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line), re.search(r'op_name="([^"]*)"', line)
-        if name:
-            found[name[1]] = scope_of(path[1]) if path else "other"
-    return found
-
-
-def operations(folder: str) -> list[tuple[str, float]]:
-    """(operation, nanoseconds) of every execution in the profile under `folder`, on devices or XLA's CPU threads."""
-    (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-    found = []
-    for plane in jax.profiler.ProfileData.from_file(path).planes:
-        device = plane.name.startswith("/device:")
-        for line in plane.lines:
-            if not device and "tf_XLA" not in line.name:
-                continue
-            for event in line.events:
-                name = dict(event.stats).get("hlo_op") if device else event.name
-                if isinstance(name, str):
-                    found.append((name, event.duration_ns))
-    return found
-
-
-def shares(step: Step) -> dict[str, float]:
-    """Scope -> its share of the time of all operations in a profile of two steps; largest first."""
-    scopes = scopes_by_operation(step.compiled.as_text() or "")
-    totals: dict[str, float] = collections.defaultdict(float)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(2):
-                jax.block_until_ready(step())
-        for name, nanoseconds in operations(folder):
-            if name in scopes and not name.startswith(("while", "call", "conditional")):  # those hold others
-                totals[scopes[name]] += nanoseconds
-    whole = sum(totals.values())
-    largest_first = sorted(totals.items(), key=lambda item: -item[1])
-    return {scope: time / whole for scope, time in largest_first}
-
-
 def report(config: Config, seconds: dict[str, float], step: Step) -> None:
     """The table of a model: one line for each routing, then the shares."""
     counts = accounting.account(config.model, config.data.sequence_length)
@@ -145,7 +89,10 @@ def report(config: Config, seconds: dict[str, float], step: Step) -> None:
         print(f"  {name:14}{each * 1e3:8.1f} ms {rate:10,.0f} tokens/s  {teraflops:6.1f} TFLOP/s a device (6N), "
               f"{all_of_it:.1f} with attention{mfu}")  # fmt: skip
     print(f"  memory a device, by the compiler: {step.bytes() / 1e9:.1f} GB")
-    print("  by scope (real): " + ", ".join(f"{scope} {share:.1%}" for scope, share in shares(step).items()))
+    print(
+        "  by scope (real): "
+        + ", ".join(f"{scope} {share:.1%}" for scope, share in scopes.shares(step.compiled, step).items())
+    )
 
 
 def peer(python: str, config: Config, repeats: int, ours: float) -> None:

@@ -103,9 +103,10 @@ def _rope(raw: Mapping[str, Any], default: Any, longest: Any) -> tuple[dict[str,
     elif found["rope_type"] == "dynamic":
         found["original_max_position_embeddings"] = longest  # it grows from there on, whatever else is said
     elif found["rope_type"] in ("yarn", "llama3", "longrope"):
-        original = found.setdefault("original_max_position_embeddings", longest)
+        original = found.get("original_max_position_embeddings")
         if found.get("factor") is None and longest and original:
             found["factor"] = longest / original
+        found.setdefault("original_max_position_embeddings", longest)
     return rest, found
 
 

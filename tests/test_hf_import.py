@@ -185,9 +185,6 @@ def test_a_tied_embedding_may_be_there_twice_and_must_be_the_same(tmp_path):
     ],
 )
 def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path, config, words):
-    if "rope_parameters" in config and config["rope_parameters"].get("rope_type") == "yarn":
-        config = config | {"max_position_embeddings": None}
-        words = ("yarn", "needs")
     refused(copy(tmp_path, "olmoe", config), *words)
 
 

@@ -311,7 +311,7 @@ def test_llama4_is_read_out_of_the_multimodal_file(tmp_path):
         "mixtral",
         pytest.param("gpt_oss", marks=pytest.mark.long),
         pytest.param("llama4_text", marks=pytest.mark.long),
-        "deepseek_v3",
+        pytest.param("deepseek_v3", marks=pytest.mark.long),  # tests/test_hf_training.py trains one on a mesh
     ],
 )
 def test_a_training_step_on_eight_devices_is_the_one_of_one_device(name):
@@ -350,7 +350,7 @@ def test_a_training_step_on_eight_devices_is_the_one_of_one_device(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["olmoe", pytest.param("deepseek_v3", marks=pytest.mark.long)])
 def test_generation_on_a_mesh_is_the_one_of_one_device(name):
     """Eight prompts of different lengths over data × expert, parameters and experts sharded; the same greedy tokens."""
     model, variables = models.load_hf(TINY / name)

@@ -1,13 +1,10 @@
-"""What the step benchmark reads from a compiled program: which scope each operation counts for."""
+"""Which scope each operation of a compiled program counts for, and that shares of a profile add up."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import benchmark_step
-from experiments.configs import fine_grained_aux_free
-from moejax import config as configs
-from moejax import config_checks
+from moejax import scopes
 
 
 @pytest.mark.parametrize(
@@ -21,7 +18,7 @@ from moejax import config_checks
     ],
 )
 def test_the_innermost_named_scope_counts(path, scope):
-    assert benchmark_step.scope_of(path) == scope
+    assert scopes.scope_of(path) == scope
 
 
 def test_operations_of_a_compiled_program_have_scopes():
@@ -32,17 +29,18 @@ def test_operations_of_a_compiled_program_have_scopes():
             return y, jnp.sort(x, axis=0)
 
     x = jnp.ones((64, 64))
-    found = benchmark_step.scopes_by_operation(jax.jit(f).lower(x).compile().as_text() or "")
+    found = scopes.scopes_by_operation(jax.jit(f).lower(x).compile().as_text() or "")
     assert {"attention", "optimizer"} <= set(found.values())
     assert {scope for name, scope in found.items() if "dot" in name} == {"attention"}
 
 
-def test_forced_balance_keeps_all_but_the_router():
-    config = configs.settle(configs.from_config_dict(fine_grained_aux_free.get_config()))
-    changed = benchmark_step.forced(config)
-    before, after = config.model.moe, changed.model.moe
-    assert before is not None
-    assert after is not None
-    assert after.router == "moejax.routing:round_robin"
-    assert (after.num_experts, after.experts_per_token) == (before.num_experts, before.experts_per_token)
-    config_checks.check(changed)  # raises where the router takes no such options
+def test_shares_of_a_profile_add_up():
+    def f(x):
+        with jax.named_scope("experts"):
+            return x @ x
+
+    x = jnp.ones((256, 256))
+    compiled = jax.jit(f).lower(x).compile()
+    found = scopes.shares(compiled, lambda: compiled(x))
+    assert found["experts"] > 0.5
+    assert sum(found.values()) == pytest.approx(1)
