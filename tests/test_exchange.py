@@ -221,7 +221,7 @@ def step_on(sizes: tuple[tuple[str, int], ...], router: str, way: str | None):
     ("router", "way"),
     [
         ("aux_free", "gather"),
-        ("aux_free", "all_to_all"),
+        pytest.param("aux_free", "all_to_all", marks=pytest.mark.long),
         pytest.param("top_k", "all_to_all", marks=pytest.mark.long),
     ],
 )

@@ -304,16 +304,8 @@ def test_llama4_is_read_out_of_the_multimodal_file(tmp_path):
 # ---- training on a mesh
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "mixtral",
-        pytest.param("gpt_oss", marks=pytest.mark.long),
-        pytest.param("llama4_text", marks=pytest.mark.long),
-        pytest.param("deepseek_v3", marks=pytest.mark.long),  # tests/test_hf_training.py trains one on a mesh
-    ],
-)
+@pytest.mark.long  # tests/test_hf_training.py trains one on a mesh
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "deepseek_v3"])
 def test_a_training_step_on_eight_devices_is_the_one_of_one_device(name):
     """Loss and updated parameters, batch over data × fsdp × expert, parameters sharded by their logical axes."""
     if name == "deepseek_v3":

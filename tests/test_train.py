@@ -154,6 +154,7 @@ def test_lines_have_every_field_once_and_learn(place, name):
         assert len(found[-1]["max_violation_per_layer"]) == 2
 
 
+@pytest.mark.long  # tests/test_restore_meshes.py and test_distributed.py hold the pieces
 def test_a_run_goes_on_on_another_mesh(place, tmp_path):
     name, mesh = "aux_free", {"data": 2, "fsdp": 2}
     workdir = copy(interrupted(place, name), tmp_path)
