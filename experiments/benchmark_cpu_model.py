@@ -14,15 +14,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.configs import dense, fine_grained
+from experiments.step import Step, random_batch
 from moejax import config as configs
 from moejax import dispatch, expert_parallel, experts, moe, optimizer, sharding
 from moejax.config import Config, ModelConfig, MoEConfig, OptimizerConfig
 from moejax.errors import UserError
 from moejax.models.lm import LM
-from moejax.train_step import compiled_step, create, init, state_shardings, to_devices
+from moejax.train_step import compiled_step, init, state_shardings, to_devices
 
 Medians = Callable[[dict[str, Callable[[], object]], int], dict[str, float]]
 PEER = Path(__file__).parent / "peers" / "cpu_train_step.py"
@@ -48,38 +48,6 @@ def peer_config() -> Config:
     return Config(model=model, optimizer=plain_adamw)
 
 
-def random_batch(vocab_size: int, batch: int, length: int) -> dict[str, Any]:
-    """One document per row of random tokens."""
-    tokens = np.random.default_rng(0).integers(0, vocab_size, (batch, length + 1), dtype=np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length)),
-        "segment_ids": np.ones((batch, length), np.int32),
-        "mask": np.ones((batch, length), bool),
-        "target_bytes": batch * length,
-    }
-
-
-def ready_step(config: Config, batch: int, length: int) -> Callable[[], object]:
-    """A function that takes the next training step of a new model on one batch of random tokens."""
-    mesh = sharding.make_mesh({"data": 1})
-    model, tx = LM(config.model), optimizer.make(config.optimizer)
-    shardings = state_shardings(model, tx, mesh)
-    state = create(model, tx, mesh, 0)
-    assert config.model.vocab_size is not None
-    with jax.set_mesh(mesh):
-        arrays = to_devices(random_batch(config.model.vocab_size, batch, length), sharding.batch_sharding(mesh))
-        step = compiled_step(model, tx, config, shardings).lower(state, arrays).compile()
-
-    def run() -> object:
-        nonlocal state
-        state, metrics = step(state, arrays)
-        return state, metrics
-
-    return run
-
-
 def benchmark_step(medians: Medians, repeats: int) -> None:
     """fine_grained against dense at equal active FLOPs (D 256, 4 layers, T 4096), and what routing costs of it."""
     batch, length = 16, 256
@@ -88,7 +56,7 @@ def benchmark_step(medians: Medians, repeats: int) -> None:
         values = file.get_config()
         values.model.update(width=256, num_heads=8, num_kv_heads=8, ffn_width=1024, vocab_size=257)
         config = configs.settle(configs.from_config_dict(values))
-        runs[file.__name__.rpartition(".")[2]] = ready_step(config, batch, length)
+        runs[file.__name__.rpartition(".")[2]] = Step(config, batch, length)
         sparse = config
     assert sparse is not None
     seconds = medians(runs | layer_parts(sparse, batch, length), repeats)
@@ -143,7 +111,7 @@ def layer_parts(config: Config, batch: int, length: int) -> dict[str, Callable[[
 def benchmark_peer(medians: Medians, repeats: int, peer_python: str | None) -> None:
     """Our training step against transformers' grouped_mm on the same sizes, tokens and optimizer, in one run."""
     tokens = SIZES["batch"] * SIZES["length"]
-    ours = medians({"ours": ready_step(peer_config(), SIZES["batch"], SIZES["length"])}, repeats)["ours"]
+    ours = medians({"ours": Step(peer_config(), SIZES["batch"], SIZES["length"])}, repeats)["ours"]
     print(f"\ntraining step of a qwen3_moe-shaped model ({tokens} tokens, AdamW, float32); medians of {repeats}")
     print(f"  moejax        {ours * 1e3:7.0f} ms {tokens / ours:8,.0f} tokens/s")
     if peer_python is None:

@@ -19,13 +19,11 @@ import jax
 from absl import flags
 
 from experiments import cli
-from experiments.benchmark_cpu_model import random_batch
-from moejax import accounting, environment, memory, optimizer, scopes, sharding
+from experiments.step import Step
+from moejax import accounting, environment, scopes
 from moejax import config as configs
 from moejax.config import Config
 from moejax.errors import UserError
-from moejax.models.lm import LM
-from moejax.train_step import compiled_step, create, state_shardings, to_devices
 from pallas_kernels import timing
 
 _CONFIG = cli.config_flag()
@@ -44,39 +42,11 @@ def forced(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
-class Step:
-    """The compiled step of a config on one batch of random tokens, and its state."""
-
-    def __init__(self, config: Config):
-        mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
-        model, tx = LM(config.model), optimizer.make(config.optimizer)
-        shardings = state_shardings(model, tx, mesh)
-        assert config.model.vocab_size is not None
-        self._mesh = mesh
-        with jax.set_mesh(mesh):
-            batch = random_batch(config.model.vocab_size, config.data.batch_size, config.data.sequence_length)
-            self._batch = to_devices(batch, sharding.batch_sharding(mesh))
-            self._state = create(model, tx, mesh, config.seed)
-            self.compiled = compiled_step(model, tx, config, shardings).lower(self._state, self._batch).compile()
-        memory.check_step(self.compiled, memory.limit(), config, sharding.batch_shards(mesh))
-
-    def __call__(self) -> object:
-        self._state, metrics = self.compiled(self._state, self._batch)
-        return metrics
-
-    def bytes(self) -> int:
-        """What the step needs on one device, by the compiler's account."""
-        found = self.compiled.memory_analysis()
-        assert found is not None
-        sizes = found.argument_size_in_bytes + found.temp_size_in_bytes
-        return sizes + found.output_size_in_bytes - found.alias_size_in_bytes
-
-
 def report(config: Config, seconds: dict[str, float], step: Step) -> None:
     """The table of a model: one line for each routing, then the shares."""
     counts = accounting.account(config.model, config.data.sequence_length)
     tokens = config.data.batch_size * config.data.sequence_length
-    devices = step._mesh.devices.size
+    devices = step.mesh.devices.size
     flops = 6 * (counts.active_params - counts.embedding_params)
     peak = environment.peak_flops(jax.devices()[0].device_kind)
     print(f"{accounting.describe(config.model, config.data.sequence_length)}")
@@ -129,7 +99,7 @@ def main() -> None:
     seconds, step = {}, None
     for name, case in cases.items():
         step = None  # two states may not fit
-        step = Step(case)
+        step = Step(case, case.data.batch_size, case.data.sequence_length)
         seconds[name] = timing.rounds({name: step}, _REPEATS.value)[name][0] / 1e6
     assert step is not None
     report(config, seconds, step)

@@ -15,8 +15,6 @@ from jax.sharding import PartitionSpec
 from moejax import dispatch, exchange, experts, few_tokens, routing, sharding
 from moejax.errors import UserError
 
-_COPIES = "expert weights copied to every device"
-
 
 def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], **options) -> jax.Array:
     """`mixture_and_overflow` without the overflow."""
@@ -89,15 +87,20 @@ def _local(x, decision, weights, num_experts, implementation):
     flat = flatten(decision, tokens.shape[0])
     if few_tokens.suits(flat, implementation):
         return few_tokens.mixture(tokens, flat, weights).reshape(x.shape)
+    return _sorted(tokens, flat, weights, num_experts, implementation, x.dtype).reshape(x.shape)
+
+
+def _sorted(tokens, decision, weights, num_experts, implementation, dtype):
+    """Σ_k weight · expert(token) for tokens (T, D) and a flat decision over `weights`' experts; (T, D) in `dtype`."""
     with jax.named_scope("dispatch"):
-        plan = dispatch.plan(flat, num_experts)
+        plan = dispatch.plan(decision, num_experts)
         rows = dispatch.gather(tokens, plan)
     with jax.named_scope("experts"):
         rows = experts.gated_ffn(
             rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes, implementation=implementation
         )
     with jax.named_scope("combine"):
-        return dispatch.combine(rows, plan, tokens.shape[0]).reshape(x.shape)
+        return dispatch.combine(rows.astype(dtype), plan, tokens.shape[0])
 
 
 def _by_gather(x, decision, weights, implementation):
@@ -111,14 +114,8 @@ def _by_gather(x, decision, weights, implementation):
     mine = weights["gate"].shape[0]
     with jax.named_scope("dispatch"):
         flat = flatten(exchange.gather(decision), tokens.shape[0])
-        plan = dispatch.plan(exchange.of_my_experts(flat, mine), mine)
-        rows = dispatch.gather(tokens, plan)
-    with jax.named_scope("experts"):
-        rows = experts.gated_ffn(
-            rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes, implementation=implementation
-        )
-    with jax.named_scope("combine"):
-        y = dispatch.combine(rows.astype(jnp.float32), plan, tokens.shape[0])
+        here = exchange.of_my_experts(flat, mine)
+    y = _sorted(tokens, here, weights, mine, implementation, jnp.float32)
     return exchange.sum_back(y).astype(x.dtype).reshape(x.shape)
 
 
@@ -134,15 +131,7 @@ def _by_all_to_all(x, decision, weights, num_experts, implementation, factor):
         parcels = exchange.pack(flat, mine, devices, room)
         sent = dispatch.gather(tokens, parcels.plan)
     came, expert = exchange.swap(sent), exchange.swap(parcels.expert)
-    with jax.named_scope("dispatch"):
-        plan = dispatch.plan(exchange.arrived(expert, mine), mine)
-        rows = dispatch.gather(came, plan)
-    with jax.named_scope("experts"):
-        rows = experts.gated_ffn(
-            rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes, implementation=implementation
-        )
-    with jax.named_scope("combine"):
-        done = dispatch.combine(rows, plan, came.shape[0])
+    done = _sorted(came, exchange.arrived(expert, mine), weights, mine, implementation, x.dtype)
     back = exchange.swap(done)
     with jax.named_scope("combine"):
         return dispatch.combine(back, parcels.plan, tokens.shape[0]).reshape(x.shape), parcels.overflow[None]

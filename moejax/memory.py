@@ -36,26 +36,41 @@ def check_state(held: int, available: int | None, config: Config) -> None:
         )
 
 
-def check_step(compiled: jax.stages.Compiled, available: int | None, config: Config, shards: int) -> None:
-    """UserError where the compiled step needs more than a device has, with what would fit; shards: of the batch."""
+def check_step(
+    compiled: jax.stages.Compiled, gradients: int, available: int | None, config: Config, shards: int
+) -> None:
+    """UserError where the compiled step needs more than a device has, with what would fit.
+
+    gradients: bytes of one copy of them on a device; shards: of the batch.
+    """
     found = compiled.memory_analysis()
     if available is not None and found is not None:
         kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        check_sizes(kept, found.temp_size_in_bytes, available, config, shards)
+        check_sizes(kept, found.temp_size_in_bytes, gradients, available, config, shards)
 
 
-def check_sizes(kept: int, temporary: int, available: int, config: Config, shards: int) -> None:
-    """`check_step` in numbers: bytes of arguments and results, and of what lives only during the step."""
+def check_sizes(kept: int, temporary: int, gradients: int, available: int, config: Config, shards: int) -> None:
+    """`check_step` in numbers: bytes of arguments and results, and of what lives only during the step.
+
+    What would fit is reckoned with activations in proportion to the rows of a microbatch, beside one copy of the
+    gradients, and with microbatches a second one, their sum.
+    """
     if kept + temporary <= available:
         return
     batch, parts = config.data.batch_size, config.train.accumulation_steps
     rows = batch // (shards * parts)  # of a microbatch on a device
-    fit = int(rows * (available - kept) / temporary)
+    copies = 1 if parts == 1 else 2
+    activations = max(temporary - copies * gradients, 1)
+
+    def fitting(copies: int) -> int:
+        return int(rows * (available - kept - copies * gradients) / activations)
+
     ways = []
-    if fit >= 1:
-        ways.append(
-            f"config.train.accumulation_steps={parts * -(-rows // fit)} or config.data.batch_size={batch // rows * fit}"
-        )
+    more = next((n for n in range(2, rows + 1) if rows % n == 0 and rows // n <= fitting(2)), None)
+    if more is not None:
+        ways.append(f"config.train.accumulation_steps={parts * more}")
+    if fitting(copies) >= 1:
+        ways.append(f"config.data.batch_size={batch // rows * fitting(copies)}")
     if config.model.remat == "none":
         ways.append("config.model.remat=full")
     ways += _smaller_state(config)

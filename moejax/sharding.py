@@ -67,8 +67,9 @@ def make_mesh(sizes: dict[str, int] | None = None, devices: Sequence[jax.Device]
             return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
         return Mesh(mesh_utils.create_hybrid_device_mesh(inside, across, devices), AXES, axis_types=types)
     except (AssertionError, NotImplementedError, ValueError) as error:  # a torus takes few shapes
-        raise UserError(f"mesh sizes {sizes} can't be laid over these {len(devices)} {devices[0].device_kind} devices: "
-                        "use all of them, with powers of two") from error  # fmt: skip
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"mesh sizes {sizes} can't be laid over these {len(devices)} {devices[0].device_kind} devices "
+                        f"({reason}): use all of them, with powers of two") from error  # fmt: skip
 
 
 def over_groups(shape: Sequence[int], groups: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -73,14 +73,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     tx = optimizer.make(config.optimizer)
     with implementations_named(config):
         shardings = state_shardings(model, tx, mesh)
-    available = memory.limit()
-    shapes = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
-    memory.check_state(memory.of_state(shapes, shardings), available, config)
-    state = restore(workdir, shapes, shardings, corpus.content_hash)
-    if state is None:
-        state = create(model, tx, mesh, config.seed)
-        if config.train.init_from:
-            state = start_from(state, config.train.init_from, shardings)
+    state = begin(workdir, config, model, tx, mesh, shardings, corpus.content_hash)
     start, end = int(state.step), min(config.train.steps, stop_at or config.train.steps)
 
     sizes = None if family is None else published.count(family)
@@ -120,7 +113,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
             if step_fn is None:
                 with implementations_named(config):
                     step_fn = compiled_step(model, tx, config, shardings).lower(state, batch).compile()
-                memory.check_step(step_fn, available, config, sharding.batch_shards(mesh))
+                gradients = memory.of_state(state.params, shardings.params)
+                memory.check_step(step_fn, gradients, memory.limit(), config, sharding.batch_shards(mesh))
                 writer.say(f"compiled in {time.perf_counter() - clock:.1f} s")
                 clock = time.perf_counter()
             writer.profile(step)
@@ -230,6 +224,21 @@ def facts(config: Config, workdir: Path, content_hash: str) -> dict[str, Any]:
         "the text's content hash": content_hash,
         "the checkpoints in --workdir, which must be shared": checkpoint.steps(workdir),
     }
+
+
+def begin(workdir: Path, config: Config, model, tx, mesh, shardings: TrainState, content_hash: str) -> TrainState:
+    """The state to go on from: of the newest whole checkpoint, else new, with parameters of train.init_from if given.
+
+    UserError where a device can't hold it.
+    """
+    shapes = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
+    memory.check_state(memory.of_state(shapes, shardings), memory.limit(), config)
+    state = restore(workdir, shapes, shardings, content_hash)
+    if state is None:
+        state = create(model, tx, mesh, config.seed)
+        if config.train.init_from:
+            state = start_from(state, config.train.init_from, shardings)
+    return state
 
 
 def restore(workdir: Path, shapes: TrainState, shardings: TrainState, content_hash: str) -> TrainState | None:

@@ -26,23 +26,27 @@ def config(batch_size=16, accumulation=1, remat="none", param_dtype="float32"):
 
 
 def test_what_fits_is_let_through():
-    memory.check_sizes(60, 40, 100, config(), shards=1)
+    memory.check_sizes(60, 40, 0, 100, config(), shards=1)
 
 
 @pytest.mark.parametrize(
-    ("setting", "temporary", "wanted"),
+    ("setting", "temporary", "gradients", "wanted"),
     [
         # 16 rows take 80 of the 40 that are left: 8 fit.
-        (config(), 80, "accumulation_steps=2 or config.data.batch_size=8; or config.model.remat=full; or "),
-        # Two microbatches of 8 rows; 40 / 120 of a microbatch fit: 2 rows, so four times as many microbatches.
-        (config(accumulation=2), 120, "accumulation_steps=8 or config.data.batch_size=4"),
+        (config(), 80, 0, "accumulation_steps=2; or config.data.batch_size=8; or config.model.remat=full; or "),
+        # Gradients take 10 of 40, activations 70: 16 · 30 / 70 = 6 rows; with their sum, 16 · 20 / 70 = 4.
+        (config(), 80, 10, "accumulation_steps=4; or config.data.batch_size=6; or "),
+        # Two microbatches of 8 rows; two copies of gradients leave 20 of 40, 100 are activations: 1 row.
+        (config(accumulation=2), 120, 10, "accumulation_steps=16; or config.data.batch_size=2; or "),
+        # 3 rows of 7 fit: only single rows are an equal share of 7.
+        (config(batch_size=7), 80, 0, "accumulation_steps=7; or config.data.batch_size=3; or "),
         # Not one row of 16 fits in 40 of 800: only other ways help.
-        (config(remat="full", param_dtype="bfloat16"), 800, "activations; give more devices"),
+        (config(remat="full", param_dtype="bfloat16"), 800, 0, "activations; give more devices"),
     ],
-)  # fmt: skip
-def test_the_error_names_what_would_fit(setting, temporary, wanted):
+)
+def test_the_error_names_what_would_fit(setting, temporary, gradients, wanted):
     with pytest.raises(UserError, match="a step needs") as error:
-        memory.check_sizes(60 * 10**9, temporary * 10**9, 100 * 10**9, setting, shards=1)
+        memory.check_sizes(60 * 10**9, temporary * 10**9, gradients * 10**9, 100 * 10**9, setting, shards=1)
     assert wanted in str(error.value)
     assert f"{60 + temporary}.0 GB of each device, which has 100.0: 60.0 for" in str(error.value)
     assert "\n" not in str(error.value)
@@ -50,8 +54,8 @@ def test_the_error_names_what_would_fit(setting, temporary, wanted):
 
 def test_rows_are_those_of_a_device():
     # 16 rows over 4 shards are 4 a device, of which half fit: a batch of 8.
-    with pytest.raises(UserError, match=r"accumulation_steps=2 or config\.data\.batch_size=8;"):
-        memory.check_sizes(60, 80, 100, config(), shards=4)
+    with pytest.raises(UserError, match=r"accumulation_steps=2; or config\.data\.batch_size=8;"):
+        memory.check_sizes(60, 80, 0, 100, config(), shards=4)
 
 
 def test_a_state_that_is_too_large_by_itself():
