@@ -3,7 +3,7 @@
   python experiments/export_hf.py --workdir=runs/olmoe --target=DIR
 
 DIR must not exist yet. Import and export give every tensor back bit for bit where the dtype is kept. A run of the
-research LM exports as the Qwen3-MoE that it is a case of; where it is none, the reasons are named.
+research LM exports as the Qwen3-MoE or DeepSeekMoE that it is a case of; where it is none, the reasons are named.
 """
 
 from pathlib import Path
@@ -31,8 +31,7 @@ def research() -> None:
     found = checkpoint.restore(WORKDIR.value)
     assert found is not None
     run = configs.from_config_dict(found.config)
-    config, variables = hf_research.as_qwen3(run.model, found.trees["params"])
-    family = models.FAMILIES["qwen3_moe"]
+    family, config, variables = hf_research.as_published(run.model, found.trees["params"])
     hf_export.export_variables(TARGET.value, family, config, variables)
     text = found.data.get("tokenizer")
     if text:

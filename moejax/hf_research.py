@@ -1,61 +1,94 @@
-"""The research LM as the published family that it is a case of: Qwen3-MoE.
+"""The research LM as the published family that it is a case of: Qwen3-MoE, or with shared experts DeepSeekMoE.
 
-Both normalise each head's queries and keys, gate SwiGLU experts by a softmax over E and have no biases. The LM's
-embedding rows are multiplied by √D after the look-up; an export multiplies the table. D width, L layers, E experts.
+Both gate SwiGLU experts by a softmax over E and have no biases. Qwen3-MoE normalises each head's queries and keys
+and has no shared experts, DeepSeekMoE is the reverse. The LM's embedding rows are multiplied by √D after the look-up;
+an export multiplies the table. D width, L layers, E experts.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
-from moejax.config import ModelConfig
+from moejax.config import ModelConfig, MoEConfig
 from moejax.errors import UserError
+from moejax.models import deepseek, family, qwen3_moe
 from moejax.models.lm import layer_plan
-from moejax.models.qwen3_moe import Qwen3MoeConfig
 from moejax.rope import Rope
 
 
-def as_qwen3(config: ModelConfig, params: Mapping[str, Any]) -> tuple[Qwen3MoeConfig, dict[str, Any]]:
-    """(config, variables) of the Qwen3-MoE with the same logits; params are the LM's, layers stacked.
+def as_published(config: ModelConfig, params: Mapping[str, Any]) -> tuple[family.Family, Any, dict[str, Any]]:
+    """(family, config, variables) of the published model with the same logits; params are the LM's, layers stacked.
 
     Raises:
-      UserError: the config is no case of Qwen3-MoE; every reason is named.
+      UserError: the config is no case of a family; every reason is named.
     """
-    moe = config.moe
-    if moe is None or config.vocab_size is None:
+    if config.moe is None or config.vocab_size is None:
         raise UserError("a dense model is no case of a published sparse family, and can't be exported")
-    reasons = []
-    if moe.shared_experts:
-        reasons.append("model.moe.shared_experts must be 0")
-    if moe.router != "moejax.routing:top_k" or set(moe.router_options) - {"renormalize"}:
-        reasons.append("model.moe.router must be moejax.routing:top_k")
-    normalised = moe.router_options.get("renormalize", True)
-    if normalised and moe.experts_per_token == 1:
-        reasons.append("with model.moe.experts_per_token=1, router_options must be {'renormalize': False}")
-    if (moe.eval_capacity_factor or moe.capacity_factor) is not None:
-        reasons.append("model.moe.capacity_factor must be None: nothing is dropped there")
-    if not config.qk_norm:
-        reasons.append("model.qk_norm must be True")
-    if config.tie_embeddings:
-        reasons.append("model.tie_embeddings must be False: the rows are scaled by √D and the unembedding is not")
+    shared = config.moe.shared_experts > 0
+    target = deepseek.FAMILY if shared else qwen3_moe.FAMILY
+    reasons = _reasons(config, config.moe) + (_no_deepseek(config) if shared else _no_qwen3(config))
     if reasons:
-        raise UserError("this research LM is no case of Qwen3-MoE, and can't be exported: " + "; ".join(reasons))
-    dense, periods = layer_plan(config)
-    layers = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), params["dense_layers"]) for i in range(dense)]
-    for period in range(periods):
-        stack = jax.tree.map(lambda a, i=period: np.asarray(a[i]), params["layers"])
-        layers += [stack] if config.moe_every == 1 else [stack[f"block_{i}"] for i in range(config.moe_every)]
+        raise UserError(
+            f"this research LM is no case of {target.architecture}, and can't be exported: {'; '.join(reasons)}"
+        )
+    layers = _layers(config, params)
     table = np.asarray(params["embedding"]["embedding"], np.float32)
     out = {f"layer_{i}": layer for i, layer in enumerate(layers)} | {
         "embedding": table * np.float32(math.sqrt(config.width)),
         "final_norm": params["final_norm"],
         "unembedding": params["unembedding"],
     }
-    return Qwen3MoeConfig(
-        vocab_size=config.vocab_size,
+    dense = tuple(i for i, layer in enumerate(layers) if "ffn" in layer)
+    return target, (_deepseek if shared else _qwen3)(config, config.moe, dense), {"params": out}
+
+
+def _reasons(config: ModelConfig, moe: MoEConfig) -> list[str]:
+    """Why neither family has this model."""
+    reasons = []
+    if moe.router != "moejax.routing:top_k" or set(moe.router_options) - {"renormalize"}:
+        reasons.append("model.moe.router must be moejax.routing:top_k")
+    if _normalised(moe) and moe.experts_per_token == 1:
+        reasons.append("with model.moe.experts_per_token=1, router_options must be {'renormalize': False}")
+    if (moe.eval_capacity_factor or moe.capacity_factor) is not None:
+        reasons.append("model.moe.capacity_factor must be None: nothing is dropped there")
+    if config.tie_embeddings:
+        reasons.append("model.tie_embeddings must be False: the rows are scaled by √D and the unembedding is not")
+    return reasons
+
+
+def _no_qwen3(config: ModelConfig) -> list[str]:
+    return [] if config.qk_norm else ["without shared experts model.qk_norm must be True"]
+
+
+def _no_deepseek(config: ModelConfig) -> list[str]:
+    reasons = ["with shared experts model.qk_norm must be False"] if config.qk_norm else []
+    if config.head_dim not in (None, config.width // config.num_heads):
+        reasons.append("with shared experts model.head_dim must be width / num_heads")
+    if config.moe_every != 1:
+        reasons.append("with shared experts model.moe_every must be 1")
+    return reasons
+
+
+def _normalised(moe: MoEConfig) -> bool:
+    return bool(moe.router_options.get("renormalize", True))
+
+
+def _layers(config: ModelConfig, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of each layer, from first to last."""
+    dense, periods = layer_plan(config)
+    layers = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), params["dense_layers"]) for i in range(dense)]
+    for period in range(periods):
+        stack = jax.tree.map(lambda a, i=period: np.asarray(a[i]), params["layers"])
+        layers += [stack] if config.moe_every == 1 else [stack[f"block_{i}"] for i in range(config.moe_every)]
+    return layers
+
+
+def _qwen3(config: ModelConfig, moe: MoEConfig, dense: tuple[int, ...]) -> qwen3_moe.Qwen3MoeConfig:
+    return qwen3_moe.Qwen3MoeConfig(
+        vocab_size=cast(int, config.vocab_size),
         hidden_size=config.width,
         intermediate_size=config.ffn_width,
         num_hidden_layers=config.num_layers,
@@ -65,10 +98,29 @@ def as_qwen3(config: ModelConfig, params: Mapping[str, Any]) -> tuple[Qwen3MoeCo
         moe_intermediate_size=moe.expert_width or config.ffn_width,
         num_experts=moe.num_experts,
         num_experts_per_tok=moe.experts_per_token,
-        norm_topk_prob=bool(normalised),
+        norm_topk_prob=_normalised(moe),
         decoder_sparse_step=1,
-        mlp_only_layers=tuple(i for i, layer in enumerate(layers) if "ffn" in layer),
+        mlp_only_layers=dense,
         rms_norm_eps=config.norm_eps,
         rope=Rope(config.rope_theta),
         sliding_window=None,
-    ), {"params": out}
+    )
+
+
+def _deepseek(config: ModelConfig, moe: MoEConfig, dense: tuple[int, ...]) -> deepseek.DeepseekConfig:
+    return deepseek.DeepseekConfig(
+        vocab_size=cast(int, config.vocab_size),
+        hidden_size=config.width,
+        intermediate_size=config.ffn_width,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        moe_intermediate_size=moe.expert_width or config.ffn_width,
+        n_shared_experts=moe.shared_experts,
+        n_routed_experts=moe.num_experts,
+        num_experts_per_tok=moe.experts_per_token,
+        first_k_dense_replace=len(dense),
+        norm_topk_prob=_normalised(moe),
+        rms_norm_eps=config.norm_eps,
+        rope=Rope(config.rope_theta),
+    )

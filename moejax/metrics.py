@@ -31,7 +31,7 @@ from moejax.errors import UserError
 
 FIELDS = (
     "step", "loss", "total_loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second",
-    "load_balance_loss", "router_z_loss", "max_violation", "max_violation_per_layer", "dead_experts",
+    "load_balance_loss", "router_z_loss", "mtp_loss", "max_violation", "max_violation_per_layer", "dead_experts",
     "dropped_fraction", "overflow_fraction", "routing_entropy",
 )  # fmt: skip
 FILES = METRICS, EVALUATIONS, LOADS = "metrics.jsonl", "evaluations.jsonl", "expert_load.jsonl"

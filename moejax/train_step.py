@@ -227,7 +227,7 @@ def train_step(
     }
     if load is not None:
         with jax.named_scope("statistics"):
-            metrics |= {name: sums["losses"].get(name) for name in ("load_balance_loss", "router_z_loss")}
+            metrics |= {name: sums["losses"].get(name) for name in ("load_balance_loss", "router_z_loss", "mtp_loss")}
             metrics |= layer_statistics(sums["tallies"])
             load = load + sums["tallies"]["selected"]
             metrics["load"] = load

@@ -1,4 +1,4 @@
-"""The research LM as a Qwen3-MoE: the same logits, and every reason why a config is none."""
+"""The research LM as a published family: the same logits, and every reason why a config is none."""
 
 import dataclasses
 
@@ -19,30 +19,38 @@ TOKENS = np.random.default_rng(0).integers(0, small.VOCABULARY, (2, 12)).astype(
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{}, {"num_layers": 5, "first_dense_layers": 1, "moe_every": 2, "head_dim": 16, "rope_theta": 50.0}],
-    ids=["plain", "pattern"],
+    "name, fields",
+    [
+        ("qwen3_moe", {}),
+        ("qwen3_moe", {"num_layers": 5, "first_dense_layers": 1, "moe_every": 2, "head_dim": 16, "rope_theta": 50.0}),
+        ("deepseek", {"num_layers": 3, "first_dense_layers": 1, "qk_norm": False, "rope_theta": 50.0}),
+    ],
+    ids=["plain", "pattern", "shared"],
 )
-def test_an_exported_research_lm_has_the_same_logits(fields, tmp_path):
-    config = small.model_config(MOE, **fields)
+def test_an_exported_research_lm_has_the_same_logits(name, fields, tmp_path):
+    config = small.model_config(dataclasses.replace(MOE, shared_experts=2 * (name == "deepseek")), **fields)
     variables = nn.unbox(jax.jit(LM(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
     wanted = np.asarray(jax.jit(LM(config).apply)(variables, TOKENS))
-    theirs, exported = hf_research.as_qwen3(config, variables["params"])
-    if fields:  # one dense layer, then two periods of a dense and a sparse one
+    family, theirs, exported = hf_research.as_published(config, variables["params"])
+    assert family is models.FAMILIES[name]
+    if "moe_every" in fields:  # one dense layer, then two periods of a dense and a sparse one
         assert theirs.mlp_only_layers == (0, 1, 3)
-    hf_export.export_variables(tmp_path / "out", models.FAMILIES["qwen3_moe"], theirs, exported)
+    hf_export.export_variables(tmp_path / "out", family, theirs, exported)
     model, loaded = models.load_hf(tmp_path / "out")
     logits = np.asarray(jax.jit(model.apply)(loaded, TOKENS))
     assert np.max(np.abs(logits - wanted)) <= 1e-5 * np.std(wanted)
 
 
-def test_what_is_no_case_of_the_family_is_refused_with_every_reason():
+def test_what_is_no_case_of_a_family_is_refused_with_every_reason():
     moe = dataclasses.replace(MOE, shared_experts=1, capacity_factor=1.0)
-    config = small.model_config(moe, qk_norm=False, tie_embeddings=True)
-    with pytest.raises(UserError, match=r"shared_experts must be 0.*capacity_factor.*qk_norm.*tie_embeddings"):
-        hf_research.as_qwen3(config, {})
+    config = small.model_config(moe, tie_embeddings=True, head_dim=5, moe_every=2)
+    every = r"Deepseek.*capacity_factor.*tie_embeddings.*qk_norm must be False.*head_dim.*moe_every"
+    with pytest.raises(UserError, match=every):
+        hf_research.as_published(config, {})
+    with pytest.raises(UserError, match=r"Qwen3.*qk_norm must be True"):
+        hf_research.as_published(small.model_config(MOE, qk_norm=False), {})
     one = small.model_config(dataclasses.replace(MOE, experts_per_token=1))
     with pytest.raises(UserError, match="'renormalize': False"):
-        hf_research.as_qwen3(one, {})
+        hf_research.as_published(one, {})
     with pytest.raises(UserError, match="dense model"):
-        hf_research.as_qwen3(small.model_config(None), {})
+        hf_research.as_published(small.model_config(None), {})

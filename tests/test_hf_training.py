@@ -98,6 +98,7 @@ def test_a_run_from_an_import_is_the_same_on_a_mesh_and_goes_on(imported, tmp_pa
     lines = list(metrics.read_lines(tmp_path / "mesh" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2]
     assert len(lines[0]["max_violation_per_layer"]) == 3 and lines[0]["load_balance_loss"] > 0
+    assert all(0 < line["mtp_loss"] < 10 for line in lines)  # ln 384 = 6.0 at random
     assert "mtp_0" in moved["params"]  # its loss has a gradient, or the check above would have failed
 
     # its checkpoint names the family, so that the other commands read it as they read an import

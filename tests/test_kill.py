@@ -11,11 +11,11 @@ import small
 from processes import Server
 from test_train import assert_same_run
 
-KILLS = 6
+KILLS = 5
 
 
 @pytest.mark.slow
-def test_a_run_killed_six_times_is_the_undisturbed_run(tmp_path):
+def test_a_run_killed_five_times_is_the_undisturbed_run(tmp_path):
     small.write_text(tmp_path / "text")
     command = [
         "train.py", "--config=experiments/configs/fine_grained_aux_free.py",
