@@ -26,11 +26,11 @@ def attend(
     Scores are scaled by hd^-½ and normalised in float32. `segment_ids` (B, L) int: positions see their own segment
     only. `window`: each position sees itself and the window − 1 before it. `sinks` (H,) are learned logits that take
     part of the mass (gpt-oss). `softcap` c bounds scores to c·tanh(s/c). Implementations: `plain` (the oracle, any
-    option), `blocks` (CPU), `xla`, `cudnn` and `splash` (TPU); None picks by platform, and `plain` where sinks or
-    softcap ask for it.
+    option), `blocks` (CPU), `xla`, `cudnn` (GPU, half precision) and `splash` (TPU); None picks by platform, and
+    `plain` where sinks or softcap ask for it.
     """
     if implementation is None:
-        implementation = _pick(q.shape[1], sinks, softcap)
+        implementation = _pick(q, v, sinks, softcap)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r}: one of {', '.join(IMPLEMENTATIONS)}, or None")
     if implementation == "splash":
@@ -55,14 +55,23 @@ def attend(
         )
 
 
-def _pick(length: int, sinks: jax.Array | None, softcap: float | None) -> str:
-    backend = jax.default_backend()
-    # A TPU step must not hold an L×L array.
+def _pick(q: jax.Array, v: jax.Array, sinks: jax.Array | None, softcap: float | None) -> str:
+    backend, length = jax.default_backend(), q.shape[1]
+    # On an accelerator a step must not hold an array of scores.
     if backend == "tpu" and sinks is None and length % 128 == 0:
         return "splash"
     if sinks is not None or softcap is not None:  # jax's own function takes neither
         return "plain"
+    if backend == "gpu" and _fits_cudnn(q, v):
+        return "cudnn"
     return "blocks" if backend == "cpu" else "xla"
+
+
+def _fits_cudnn(q: jax.Array, v: jax.Array) -> bool:
+    """What every version of cuDNN on every GPU since Ampere takes, with a mask and gradients."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    width = q.shape[-1]
+    return half and width == v.shape[-1] and width <= 128 and width % 8 == 0 and q.shape[1] % 2 == 0
 
 
 def write_slots(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:

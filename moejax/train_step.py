@@ -153,7 +153,7 @@ def forward(model, params, router_state, batch, mode, key=None):
         variables,
         batch["tokens"],
         batch["positions"],
-        batch["segment_ids"],
+        batch.get("segment_ids"),
         return_losses=True,
         mode=mode,
         targets=batch["targets"],

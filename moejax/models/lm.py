@@ -46,7 +46,8 @@ class Block(nn.Module):
         if self.sparse:
             assert config.moe is not None
             moe = MoE(config.moe, config.moe.expert_width or config.ffn_width, self.mode, config.init_scale, name="moe")
-            y, losses = moe(h, tokens, segment_ids != 0)
+            there = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+            y, losses = moe(h, tokens, there)
         else:
             y, losses = layers.GatedFFN(config.ffn_width, dtype, config.init_scale, name="ffn")(h), {}
         return sharding.constrain(x + y, "batch", "length", "activation"), losses
@@ -72,12 +73,13 @@ class Period(nn.Module):
 class LM(nn.Module):
     """Decoder language model: tokens (B, L) int -> float32 logits (B, L, V).
 
-    positions (B, L) default to 0 … L − 1; segment_ids (B, L), 0 where padded, default to one segment. With
-    `return_losses=True` also the unweighted losses of the MoE layers, each the mean over layers: {} for a dense
-    model. `mode` "train" uses noise (rng `routing`) and the training capacity, "evaluate" is deterministic, "generate"
-    never drops. `cache_length` M > 0 reads and writes keys and values in the collection `cache`. `logits_at` (B,) int
-    asks for the logits (B, 1, V) of one place of each row alone; `targets` (B, L) int and `mask` (B, L) bool, in place
-    of logits, for Σ −log p(target) over unmasked targets, f32, with no more logits at a time than `loss` allows.
+    positions (B, L) default to 0 … L − 1; segment_ids (B, L), 0 where padded, or None: one segment, and no mask for
+    attention, which on a GPU then takes half the time. With `return_losses=True` also the unweighted losses of the MoE
+    layers, each the mean over layers: {} for a dense model. `mode` "train" uses noise (rng `routing`) and the training
+    capacity, "evaluate" is deterministic, "generate" never drops. `cache_length` M > 0 reads and writes keys and values
+    in the collection `cache`. `logits_at` (B,) int asks for the logits (B, 1, V) of one place of each row alone;
+    `targets` (B, L) int and `mask` (B, L) bool, in place of logits, for Σ −log p(target) over unmasked targets, f32,
+    with no more logits at a time than `loss` allows.
     """
 
     config: ModelConfig
@@ -106,8 +108,6 @@ class LM(nn.Module):
         dtype = jnp.dtype(config.dtype)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
         embedding = layers.Embedding(config.vocab_size, config.width, dtype, name="embedding")
         x = embedding(tokens)
         inputs = (tokens, positions, segment_ids)
