@@ -71,10 +71,10 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
     _one_of("model.moe.implementation", moe.implementation, grouped_matmul.IMPLEMENTATIONS)
     exchange.pick(moe.exchange)
     _above_zero("model.moe", moe, "exchange_factor")
-    if moe.exchange_factor is not None and moe.exchange != "all_to_all":
+    if moe.exchange_factor is not None and moe.exchange not in ("all_to_all", "remote"):
         raise UserError(
             f"config.model.moe.exchange_factor={moe.exchange_factor} does nothing with exchange={moe.exchange!r}: "
-            "leave it out or set model.moe.exchange='all_to_all'"
+            "leave it out or set model.moe.exchange to 'all_to_all' or 'remote'"
         )
     if mesh is not None and mesh.expert > 1 and moe.num_experts % mesh.expert:
         raise UserError(
@@ -88,10 +88,10 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
         kind = type(decision).__name__
         raise UserError(f"router {moe.router} returns a {kind}: it must return a Routing or an ExpertChoice")
     if isinstance(decision, ExpertChoice):
-        if moe.exchange == "all_to_all":
+        if moe.exchange not in (None, "gather"):
             raise UserError(
-                f"config.model.moe.exchange='all_to_all' can't move rows of {moe.router}, where experts choose tokens: "
-                "give 'gather'"
+                f"config.model.moe.exchange={moe.exchange!r} can't move rows of {moe.router}, where experts choose "
+                "tokens: give 'gather'"
             )
         own = inspect.signature(router).parameters
         hint = "; its own is router_options.capacity_factor" if "capacity_factor" in own else ""

@@ -2,10 +2,11 @@
 shard_map, where the `expert` axis is manual.
 
 `gather` brings all tokens to all devices. `all_to_all` sends each choice's row to its expert's device, in equal pieces:
-`Parcels` says which row stands where; a token with several experts on one device is sent once for each.
+`Parcels` says which row stands where; a token with several experts on one device is sent once for each. `remote` writes
+each token's row once into the memory of every device that has experts for it (`pallas_kernels.remote_exchange`).
 
 Letters: T tokens of one device, D model width, E experts, K experts per token, S devices on the expert axis, C rows
-from one device to another.
+from one device to another, R rows that come to one device.
 """
 
 import dataclasses
@@ -23,9 +24,10 @@ from moejax import dispatch
 from moejax.errors import UserError
 from moejax.routing import ExpertChoice, Routing
 from moejax.routing_select import rank_in_expert
+from pallas_kernels import remote_exchange
 
 AXIS = "expert"
-NAMES = ("gather", "all_to_all")
+NAMES = ("gather", "all_to_all", "remote")
 
 
 def pick(name: str | None) -> str:
@@ -155,3 +157,51 @@ def arrived(expert: jax.Array, mine: int) -> Routing:
     ones = jnp.ones((expert.shape[0], 1), jnp.float32)
     there = (expert < mine)[:, None]
     return Routing(jnp.where(there, expert[:, None], 0), ones, ones, there)
+
+
+# ---- remote
+
+
+def check_remote(x: jax.Array) -> None:
+    """UserError unless x (…, D) can go by remote references here."""
+    reason = remote_exchange.why_not(jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype))
+    if reason is not None:
+        raise UserError(
+            f"config.model.moe.exchange='remote' can't move {x.dtype} rows of width {x.shape[-1]} on "
+            f"{jax.default_backend()}: {reason}; give 'gather' or 'all_to_all'"
+        )
+
+
+def rows_received(factor: float | None, tokens: int, experts_per_token: int, devices: int) -> int:
+    """R = ceil(factor · T · K), at most S · T, all tokens of all devices, which is what None gives. A token is one row
+    on each device that has experts for it. UserError where the factor leaves less than one row."""
+    if factor is None:
+        return devices * tokens
+    rows = factor * tokens * experts_per_token
+    if rows < 1:
+        raise UserError(
+            f"config.model.moe.exchange_factor={factor} leaves {rows:.3g} rows for a device, of {tokens} tokens · "
+            f"{experts_per_token} experts each: give at least {1 / (tokens * experts_per_token):.3g}, or leave it out"
+        )
+    return min(math.ceil(rows - 1e-9), devices * tokens)
+
+
+def routes(decision: Routing, mine: int, devices: int, rows: int) -> tuple[remote_exchange.Routes, Routing]:
+    """Where this device's tokens go, and the choices (R, K) of those that come, on its experts renumbered from 0.
+
+    Choices travel ahead, all to all devices: 8 bytes each where a row has 2·D; every count and place follows from them.
+    Gradients reach decision.weights (T, K).
+    """
+    none = devices * mine
+    chosen = jnp.where(decision.keep, decision.experts, none).astype(jnp.int32)
+    experts, weights = gather((chosen, decision.weights.astype(jnp.float32)))
+    me = lax.axis_index(AXIS)
+    found = remote_exchange.routes(experts, me, mine=mine, devices=devices, rows=rows)
+
+    def came(a, fill):
+        return a.at[found.source].get(mode="fill", fill_value=fill, unique_indices=True)
+
+    local = came(experts, none) - me * mine
+    here = (local >= 0) & (local < mine)
+    scores = jnp.ones((rows, 1), jnp.float32)
+    return found, Routing(jnp.where(here, local, 0), came(weights, 0.0), scores, here)

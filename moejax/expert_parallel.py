@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 
 from moejax import dispatch, exchange, experts, few_tokens, routing, sharding
 from moejax.errors import UserError
+from pallas_kernels import remote_exchange
 
 
 def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], **options) -> jax.Array:
@@ -38,7 +39,8 @@ def mixture_and_overflow(
     down (E, F, D). `way` names the exchange (`model.moe.exchange`) and `factor` bounds its pieces
     (`exchange.rows_per_pair`). The second value is the number of choices, () i32 over all devices, that found no room
     in them and are missing from the result; None where nothing is exchanged. Raises UserError where E does not divide
-    over the expert axis, for a bound below one row, and for expert choice by all_to_all.
+    over the expert axis, for a bound below one row, for expert choice by all_to_all or remote, and for remote off the
+    GPUs of one host.
     """
     run = functools.partial(_mixture, num_experts=num_experts, implementation=implementation)
     axes = sharding.batch_axes()
@@ -49,8 +51,10 @@ def mixture_and_overflow(
     if exchange.AXIS in axes:
         exchange.check_experts(num_experts, jax.sharding.get_abstract_mesh().shape[exchange.AXIS])
         way = exchange.pick(way)
-        if way == "all_to_all" and not isinstance(decision, routing.Routing):
-            raise UserError("config.model.moe.exchange='all_to_all' can't move rows of expert choice: give 'gather'")
+        if way != "gather" and not isinstance(decision, routing.Routing):
+            raise UserError(f"config.model.moe.exchange={way!r} can't move rows of expert choice: give 'gather'")
+        if way == "remote":
+            exchange.check_remote(x)
         run, held = functools.partial(run, way=way, factor=factor), PartitionSpec(exchange.AXIS)
     run = functools.partial(run, copied=tuple(axis for axis in axes if axis not in held))
     run = jax.shard_map(run, in_specs=(rows, rows, held), out_specs=(rows, rows), axis_names=set(axes))
@@ -73,6 +77,8 @@ def _mixture(x, decision, weights, *, num_experts, implementation, way=None, fac
             return _by_gather(x, decision, weights, implementation), None
         if way == "all_to_all":
             return _by_all_to_all(x, decision, weights, num_experts, implementation, factor)
+        if way == "remote":
+            return _by_remote(x, decision, weights, num_experts, implementation, factor)
         return _local(x, decision, weights, num_experts, implementation), None
 
     if copied:
@@ -135,6 +141,24 @@ def _by_all_to_all(x, decision, weights, num_experts, implementation, factor):
     back = exchange.swap(done)
     with jax.named_scope("combine"):
         return dispatch.combine(back, parcels.plan, tokens.shape[0]).reshape(x.shape), parcels.overflow[None]
+
+
+def _by_remote(x, decision, weights, num_experts, implementation, factor):
+    """Each token goes once to every device with experts for it, where its rows are summed with their gates in float32;
+    the sums come back in x's dtype and are summed in float32 at home."""
+    tokens = x.reshape(-1, x.shape[-1])
+    flat = flatten(decision, tokens.shape[0])
+    mine = weights["gate"].shape[0]
+    devices = num_experts // mine
+    room = exchange.rows_received(factor, *flat.experts.shape, devices)
+    with jax.named_scope("dispatch"):
+        routes, here = exchange.routes(flat, mine, devices, room)
+    with jax.named_scope("exchange"):
+        came = remote_exchange.send(tokens, routes.places, rows=room, axis=exchange.AXIS)
+    done = _sorted(came, here, weights, mine, implementation, x.dtype)
+    with jax.named_scope("exchange"):
+        y = remote_exchange.collect(done, routes.places, axis=exchange.AXIS)
+    return y.reshape(x.shape), routes.overflow[None]
 
 
 def flatten(decision, num_tokens: int):

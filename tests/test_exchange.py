@@ -5,6 +5,7 @@ import functools
 import math
 import re
 
+import emulated_remote
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,9 +71,15 @@ def value_and_gradients(layer):
         ("all_to_all", {"data": 2, "expert": 4}, "uneven"),
         ("all_to_all", {"expert": 8}, "one_expert"),
         ("all_to_all", {"expert": 8}, "one_token"),
+        ("remote", {"expert": 8}, "uneven"),
+        ("remote", {"data": 2, "expert": 4}, "uneven"),
+        ("remote", {"expert": 8}, "one_expert"),
+        ("remote", {"expert": 8}, "one_token"),
     ],
 )
-def test_every_way_equals_the_dense_oracle_in_values_and_gradients(way, sizes, kind):
+def test_every_way_equals_the_dense_oracle_in_values_and_gradients(way, sizes, kind, monkeypatch):
+    if way == "remote":
+        emulated_remote.install(monkeypatch)
     x, decision, weights = inputs(kind)
     arguments = (x, decision.weights, weights, decision)
     (_, wanted), wanted_grads = value_and_gradients(expert_parallel.dense_mixture)(*arguments)
@@ -131,14 +138,19 @@ def test_choices_are_packed_by_device_and_overflow_is_counted():
     np.testing.assert_array_equal(spare.expert, [0, 1, 2, 0, 1, 0])
 
 
-def test_what_overflows_is_missing_from_the_result_and_reported():
+def test_what_overflows_is_missing_from_the_result_and_reported(monkeypatch):
     """Four tokens a device, all to expert 5: factor 2 leaves 2 · 4 · 2 / 8 = 2 rows for a pair, so tokens 2 and 3 of
-    each of 8 devices find no room: 16 choices of 8 · 4 · 2."""
+    each of 8 devices find no room: 16 choices of 8 · 4 · 2. By remote copies factor 2 leaves 2 · 4 · 2 = 16 rows for a
+    device, so the tokens of devices 4 to 7 find none, 16 as well."""
     x, decision, weights = inputs("one_expert")
     wanted = jax.jit(expert_parallel.dense_mixture)(x, decision, weights)
-    run = functools.partial(expert_parallel.mixture_and_overflow, num_experts=E, way="all_to_all", factor=2.0)
+    run = functools.partial(expert_parallel.mixture_and_overflow, num_experts=E, factor=2.0)
+    emulated_remote.install(monkeypatch)
     with jax.set_mesh(small_mesh({"expert": 8})):
-        y, overflow = jax.jit(run)(x, decision, weights)
+        y, overflow = jax.jit(functools.partial(run, way="all_to_all"))(x, decision, weights)
+        z, as_many = jax.jit(functools.partial(run, way="remote"))(x, decision, weights)
+    assert as_many == 16 and (z[4:] == 0).all()
+    assert small.largest_difference(wanted[:4], z[:4]) < 1e-5
     assert overflow == 16
     assert small.largest_difference(wanted[:, :2], y[:, :2]) < 1e-5
     assert (y[:, 2:] == 0).all() and (wanted[:, 2:] != 0).any()
@@ -180,15 +192,24 @@ def test_what_cannot_be_meant_is_one_line():
     with pytest.raises(UserError, match="8 experts can't be shared evenly by the 3 devices"):
         exchange.check_experts(8, 3)
     moe = dataclasses.replace(small.ROUTERS["top_k"], exchange="telepathy")
-    with pytest.raises(UserError, match=r"moe\.exchange='telepathy' does not exist; there is gather, all_to_all:"):
+    with pytest.raises(UserError, match=r"moe\.exchange='telepathy' does not exist; there is gather, all_to_all, rem"):
         config_checks.check_moe(moe)
     with pytest.raises(UserError, match=r"moe\.exchange_factor=2\.0 does nothing with exchange=None"):
         config_checks.check_moe(dataclasses.replace(small.ROUTERS["top_k"], exchange_factor=2.0))
     with pytest.raises(UserError, match=r"'all_to_all' can't move rows of moejax\.routing:expert_choice"):
         config_checks.check_moe(dataclasses.replace(small.ROUTERS["expert_choice"], exchange="all_to_all"))
     x, decision, weights = inputs("expert_choice")
-    with jax.set_mesh(small_mesh({"expert": 8})), pytest.raises(UserError, match="can't move rows of expert choice"):
-        expert_parallel.mixture(x, decision, weights, num_experts=E, way="all_to_all")
+    with jax.set_mesh(small_mesh({"expert": 8})):
+        for way in ("all_to_all", "remote"):
+            with pytest.raises(UserError, match=f"exchange='{way}' can't move rows of expert choice"):
+                expert_parallel.mixture(x, decision, weights, num_experts=E, way=way)
+        x, decision, weights = inputs("uneven")
+        with pytest.raises(UserError, match=r"'remote' can't move float32 rows of width 8 on cpu: .*; give 'gat"):
+            expert_parallel.mixture(x, decision, weights, num_experts=E, way="remote")
+    assert exchange.rows_received(None, 16, 4, devices=4) == 64
+    assert exchange.rows_received(1.1, 10, 2, devices=4) == 22
+    with pytest.raises(UserError, match=r"exchange_factor=0.1 leaves 0.8 rows for a device.* give at least 0.125"):
+        exchange.rows_received(0.1, 4, 2, devices=4)
 
 
 @functools.lru_cache

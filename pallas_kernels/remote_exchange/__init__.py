@@ -1,0 +1,130 @@
+"""Rows between the GPUs of one host by remote references alone: no collective library and no multicast.
+
+    routes(experts, …) -> Routes;  send(x, places) -> rows on their devices;  collect(rows, places) -> sums at home
+
+Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, E experts, R rows that a
+device has room for. places (T, S) i32: where a token's row stands on each device, R where it doesn't go there. A token
+with several experts on one device goes there once.
+
+`send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.remote_exchange import mosaic_gpu
+from pallas_kernels.vary import vary_alike
+
+__all__ = ["Routes", "arrivals", "collect", "routes", "send", "why_not"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """What device `me` of S sends and what comes to it.
+
+    places (T, S) i32: of its own tokens on every device. source (R,) i32: the token, of the S·T of all devices, of each
+    row that comes; past the number that came, S·T and more, no number twice. overflow () i32: its tokens' choices that
+    found no room.
+    """
+
+    places: jax.Array
+    source: jax.Array
+    overflow: jax.Array
+
+
+def routes(experts: jax.Array, me: jax.Array, *, mine: int, devices: int, rows: int) -> Routes:
+    """The routes of device `me` () i32 from everyone's choices: experts (S·T, K) i32, token by token, device by device.
+
+    A choice of S·mine or more is none; device s holds experts s·mine … (s+1)·mine − 1. Rows stand on their device in
+    the order of these tokens; those past `rows` = R find no room. Pure arithmetic, the same on every device.
+    """
+    everyone = experts.shape[0]
+    tokens = everyone // devices
+    going = jnp.any((experts // mine)[:, :, None] == jnp.arange(devices, dtype=jnp.int32)[None, None], axis=1)
+    place = arrivals(going, rows)
+    there = jax.lax.dynamic_slice_in_dim(place, me, 1, axis=1)[:, 0]
+    source = jnp.arange(everyone, everyone + rows, dtype=jnp.int32)
+    source = source.at[there].set(jnp.arange(everyone, dtype=jnp.int32), mode="drop")
+    own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=me * tokens, slice_size=tokens)
+    places, chosen = own(place), own(experts)
+    device = jnp.minimum(chosen // mine, devices - 1)
+    lost = (chosen < devices * mine) & (jnp.take_along_axis(places, device, axis=1) == rows)
+    return Routes(places, source, jnp.sum(lost, dtype=jnp.int32))
+
+
+def arrivals(going: jax.Array, rows: int) -> jax.Array:
+    """going (N, S) bool -> (N, S) i32: how many tokens before it go to that device; `rows` where it doesn't or more do."""
+    before = jnp.cumsum(going, axis=0, dtype=jnp.int32) - 1
+    return jnp.where(going & (before < rows), before, rows)
+
+
+def send(x: jax.Array, places: jax.Array, *, rows: int, axis: str) -> jax.Array:
+    """x (T, D), places (T, S) i32 -> (R, D), R = rows: the rows that all devices sent here, in their places.
+
+    No two tokens of any device may have one place. Places that nothing is sent to are undefined: they hold what the
+    memory held. Differentiable in x. Raises NotImplementedError where `why_not` has a reason.
+    """
+    if x.shape[:1] != places.shape[:1]:
+        raise ValueError(f"send: x has {x.shape[0]} tokens and places {places.shape[0]}; give both the same")
+    _check("send", x, places, axis)
+    return _send(rows, axis, *vary_alike(x, places))
+
+
+def collect(y: jax.Array, places: jax.Array, *, axis: str) -> jax.Array:
+    """y (R, D), places (T, S) i32 -> (T, D): Σ_s y of device s [places[:, s]], in float32 over s in order; y's dtype.
+
+    Tokens that went nowhere come out zero. Differentiable in y; the gradient of a row that no token points to is
+    undefined, as `send`'s rows. Errors as `send`'s.
+    """
+    _check("collect", y, places, axis)
+    return _collect(axis, *vary_alike(y, places))
+
+
+def why_not(rows) -> str | None:
+    """None where the kernels take rows (N, D), which may be a shape and dtype alone; else what they need."""
+    return mosaic_gpu.why_not(rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send(rows, axis, x, places):
+    return mosaic_gpu.send(x, places, rows, axis)
+
+
+_send.defvjp(
+    lambda rows, axis, x, places: (mosaic_gpu.send(x, places, rows, axis), places),
+    lambda rows, axis, places, grad: (mosaic_gpu.collect(grad, places, axis), None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _collect(axis, y, places):
+    return mosaic_gpu.collect(y, places, axis)
+
+
+def _collect_forward(axis, y, places):
+    return mosaic_gpu.collect(y, places, axis), (places, jnp.zeros((y.shape[0], 0), y.dtype))
+
+
+def _collect_backward(axis, residuals, grad):
+    places, kept = residuals
+    return mosaic_gpu.send(grad, places, kept.shape[0], axis), None
+
+
+_collect.defvjp(_collect_forward, _collect_backward)
+
+
+def _check(what, rows, places, axis) -> None:
+    if rows.ndim != 2 or places.ndim != 2 or places.dtype != jnp.int32:
+        raise ValueError(
+            f"{what}: needs rows or tokens (N, D) and places (T, S) int32; got {rows.dtype}{list(rows.shape)} and "
+            f"{places.dtype}{list(places.shape)}"
+        )
+    if places.shape[1] != jax.lax.axis_size(axis):
+        raise ValueError(f"{what}: places have {places.shape[1]} devices, axis '{axis}' {jax.lax.axis_size(axis)}")
+    reason = why_not(rows)
+    if reason is not None:
+        raise NotImplementedError(f"{what}: can't move {rows.dtype}{list(rows.shape)} by remote references: {reason}")

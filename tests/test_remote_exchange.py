@@ -1,0 +1,121 @@
+"""Who sends which row where, as plain arithmetic; and the copies between devices, emulated."""
+
+import functools
+
+import emulated_remote
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import remote_exchange
+
+
+def test_rows_go_once_to_each_device_in_the_order_of_tokens():
+    """Two devices of two experts (0, 1 | 2, 3) and three tokens each; 4 is no choice.
+
+    Device 0's tokens choose 0 1 | 2 0 | 4 4, device 1's 3 2 | 1 3 | 0 4. To device 0 come tokens 0, 1, 4, 5 (of all),
+    to device 1 tokens 1, 3, 4: with three rows each, token 5's one choice finds no room on device 0.
+    """
+    experts = jnp.array([[0, 1], [2, 0], [4, 4], [3, 2], [1, 3], [0, 4]], jnp.int32)
+    first, second = (remote_exchange.routes(experts, jnp.int32(me), mine=2, devices=2, rows=3) for me in (0, 1))
+    np.testing.assert_array_equal(first.places, [[0, 3], [1, 0], [3, 3]])
+    np.testing.assert_array_equal(second.places, [[3, 1], [2, 2], [3, 3]])
+    np.testing.assert_array_equal(first.source, [0, 1, 4])
+    np.testing.assert_array_equal(second.source, [1, 3, 4])
+    assert (first.overflow, second.overflow) == (0, 1)
+    fewer = remote_exchange.routes(experts, jnp.int32(1), mine=2, devices=2, rows=1)
+    # token 3's both choices are on device 1, which token 1 has filled; so with 4's two and 5's one, all five are lost
+    assert fewer.overflow == 5
+
+
+@functools.lru_cache
+def all_routes(devices: int, rows: int):
+    """Routes of every device of `devices` with two experts each."""
+    find = functools.partial(remote_exchange.routes, mine=2, devices=devices, rows=rows)
+    return jax.jit(jax.vmap(find, in_axes=(None, 0)))
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_what_is_sent_is_what_comes(data):
+    """For any choices: every wanted pair of token and device has its own place, in order and without gaps, and the
+    device finds that token there; lost choices are those of the pairs that come after R others."""
+    devices, rows = data.draw(st.sampled_from([(1, 4), (2, 3), (2, 10), (4, 5), (4, 20)]))
+    tokens, E = 5, devices * 2
+    choice = st.lists(st.integers(0, E), min_size=3, max_size=3)
+    experts = np.array(data.draw(st.lists(choice, min_size=devices * tokens, max_size=devices * tokens)), np.int32)
+    found = all_routes(devices, rows)(experts, np.arange(devices, dtype=np.int32))
+    place, lost = np.full((devices * tokens, devices), rows), np.zeros(devices, int)
+    for device in range(devices):
+        came = 0
+        for token, chosen in enumerate(experts):
+            here = int(((chosen // 2) == device).sum())
+            if not here:
+                continue
+            if came < rows:
+                place[token, device] = came
+                assert found.source[device, came] == token
+                came += 1
+            else:
+                lost[token // tokens] += here
+        assert (found.source[device, came:] >= devices * tokens).all()
+        assert len(set(found.source[device].tolist())) == rows
+    np.testing.assert_array_equal(found.places.reshape(-1, devices), place)
+    np.testing.assert_array_equal(found.overflow, lost)
+
+
+def over(devices: int):
+    """Runs a function of arrays split over the axis `expert` on that many devices."""
+    mesh = jax.make_mesh((devices,), ("expert",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+    spec = jax.P("expert")
+    return lambda run: jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+def test_sums_come_back_and_each_way_is_the_others_gradient(monkeypatch):
+    """⟨send(x), y⟩ = ⟨x, collect(y)⟩ row by row, and both gradients are the other function."""
+    emulated_remote.install(monkeypatch)
+    rng = np.random.default_rng(0)
+    T, D, R = 6, 4, 9
+    experts = jnp.asarray(rng.integers(0, 9, (4 * T, 2)), jnp.int32)  # 8 is none
+    x, y = (jnp.asarray(rng.normal(size=(4 * n, D)), jnp.float32) for n in (T, R))
+
+    def run(x, y, experts):
+        everyone = jax.lax.all_gather(experts, "expert", tiled=True)
+        routes = remote_exchange.routes(everyone, jax.lax.axis_index("expert"), mine=2, devices=4, rows=R)
+        real = (routes.source < everyone.shape[0])[:, None]
+        send = functools.partial(remote_exchange.send, places=routes.places, rows=R, axis="expert")
+        collect = functools.partial(remote_exchange.collect, places=routes.places, axis="expert")
+        came, send_back = jax.vjp(send, x)
+        home, collect_back = jax.vjp(collect, y)
+        back, again = send_back(jnp.where(real, y, jnp.nan))[0], collect_back(x)[0]
+        return jnp.where(real, came, 0), home, back, jnp.where(real, again, 0), routes.source
+
+    came, home, back, again, source = over(4)(run)(x, y, experts)
+    for device in range(4):
+        rows = slice(device * R, device * R + R)
+        wanted = [x[s] if s < 4 * T else jnp.zeros(D) for s in source[rows].tolist()]
+        np.testing.assert_array_equal(came[rows], wanted)
+    sums = np.zeros((4 * T, D), np.float32)
+    for row, s in enumerate(source.tolist()):
+        if s < 4 * T:
+            sums[s] += y[row]
+    np.testing.assert_allclose(home, sums, atol=1e-6)
+    np.testing.assert_array_equal(back, home)
+    np.testing.assert_array_equal(again, came)
+
+
+def test_off_gpu_it_says_so():
+    x, places = jnp.ones((8, 128), jnp.float32), jnp.zeros((8, 4), jnp.int32)
+    with pytest.raises(NotImplementedError, match=r"float32\[2, 128\] by remote references: it needs Hopper GPUs"):
+        over(4)(lambda x, places: remote_exchange.send(x, places, rows=4, axis="expert"))(x, places)
+    with pytest.raises(ValueError, match="places have 3 devices, axis 'expert' 4"):
+        over(4)(lambda x, places: remote_exchange.collect(x, places[:, :3], axis="expert"))(x, places)
+    with pytest.raises(ValueError, match=r"places \(T, S\) int32; got"):
+        over(4)(lambda x: remote_exchange.collect(x, x, axis="expert"))(x)
+    with pytest.raises(ValueError, match="2 tokens and places 1"):
+        over(4)(lambda x, places: remote_exchange.send(x, places[:1], rows=4, axis="expert"))(x, places)
+    assert "bfloat16" in remote_exchange.why_not(jax.ShapeDtypeStruct((4, 128), jnp.int32))
+    assert "multiples of 128" in remote_exchange.why_not(jax.ShapeDtypeStruct((4, 130), jnp.bfloat16))
