@@ -46,7 +46,7 @@ def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, tile
     in_tile = schedule.tile_rows(M, gate.shape[0])
     t = here(tiles or (FORWARD if in_tile == schedule.ROWS else FEW), rows)
     spare = -M % 8
-    out = (jax.ShapeDtypeStruct((M + spare, F), rows.dtype),) * (3 if keep else 1)
+    out = (jax.ShapeDtypeStruct((hopper.stored_rows(M), F), rows.dtype),) * (3 if keep else 1)
     stage = {"a": (max(in_tile, 64), _STEP), "b": (_STEP, _HALF), "c": (_STEP, _HALF)}
     body = functools.partial(_hidden_kernel, t, ACTIVATIONS[activation], 1 + 2 * keep)
     kernel = hopper.launch("gated_ffn_hidden", body, t, out, stage, rows.dtype, approximate=True)
@@ -65,9 +65,9 @@ def _hidden_kernel(t: Tiling, activation, outputs, count, tiles, rows, gate, up,
         return (column * 2 + lax.axis_index("pair")) * _HALF
 
     def load(tile, k, slot, barrier):
-        group, row, _, _, column = tile
+        group, row, _, stop, column = tile
         step, wide = pl.ds(k * _STEP, _STEP), pl.ds(first_column(column), _HALF)
-        hopper.load_rows(rows.at[pl.ds(row * 8, box), step], a.at[slot], barrier)
+        hopper.load_rows(rows, row * 8, step, box, stop, a.at[slot], barrier)
         plgpu.copy_gmem_to_smem(gate.at[group, step, wide], b.at[slot], barrier)
         plgpu.copy_gmem_to_smem(up.at[group, step, wide], c.at[slot], barrier)
 
@@ -98,7 +98,7 @@ def dlhs(grads, weights, metadata: GroupMetadata, tiles: Tiling | None = None):
     in_tile = schedule.tile_rows(M, weights[0].shape[0])
     t = here(tiles or (FORWARD if in_tile == schedule.ROWS else FEW), first)
     spare = -M % 8
-    out = jax.ShapeDtypeStruct((M + spare, D), first.dtype)
+    out = jax.ShapeDtypeStruct((hopper.stored_rows(M), D), first.dtype)
     stage = {"a": (max(in_tile, 64), _STEP), "b": (COLUMNS, _STEP)}
     kernel = hopper.launch("gated_ffn_dlhs", functools.partial(_dlhs_kernel, t), t, out, stage, first.dtype)
     padded = (jnp.pad(grad, ((0, spare), (0, 0))) for grad in grads)
@@ -112,11 +112,11 @@ def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, st
     info = hopper.walk_rows(tiles, columns)
 
     def load(tile, k, slot, barrier):
-        group, row, _, _, column = tile
+        group, row, _, stop, column = tile
 
         def take(rows, weights, k):
             step, wide = pl.ds(k * _STEP, _STEP), pl.ds(hopper.first_column(column), COLUMNS)
-            hopper.load_rows(rows.at[pl.ds(row * 8, box), step], a.at[slot], barrier)
+            hopper.load_rows(rows, row * 8, step, box, stop, a.at[slot], barrier)
             plgpu.copy_gmem_to_smem(weights.at[group, wide, step], b.at[slot], barrier)
 
         pl.when(k < depth)(lambda: take(dgate, gate, k))

@@ -70,7 +70,8 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free, sums=((1
 
     info(lin) -> a tile's scalars; steps(tile): how many stages it takes; load(tile, k, slot, barrier) fills a slot;
     compute(warpgroup, tile, accumulate), where accumulate(operands, store) multiplies all its steps: operands(k, slot)
-    gives the two factors of every accumulator, whose shapes are `sums`, and store takes their values.
+    gives the two factors of every accumulator, whose shapes are `sums` (or what accumulate is given), and store takes
+    their values.
     """
     clusters = t.blocks // 2
     block = lax.axis_index("block")
@@ -115,7 +116,7 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free, sums=((1
         plgpu.set_max_registers(232, action="increase")
 
         def product(i, tile, base):
-            def accumulate(operands, store):
+            def accumulate(operands, store, sums=sums):
                 total = steps(tile)
 
                 def step(accs, k):
@@ -163,14 +164,37 @@ def box(M: int, E: int) -> int:
     return min(schedule.tile_rows(M, E), pl.cdiv(M, 16) * 16)
 
 
-def load_rows(rows, stage, barrier):
-    """rows (box, 64) to the first rows of a stage, in both blocks of the pair."""
-    plgpu.copy_gmem_to_smem(rows, stage.at[pl.ds(0, rows.shape[0])], barrier, collective_axes="pair")
+def stored_rows(M: int) -> int:
+    """Rows of a result: M, in the eights that a swizzled copy takes unless no copy is of 64 rows."""
+    return M if M < 64 else pl.cdiv(M, 8) * 8
 
 
-def first_column(column):
+def load_rows(rows, row, step, box, stop, stage, barrier):
+    """`box` rows of a tile from `row` on to both blocks of the pair; half of them where none from `stop` on counts."""
+
+    def take(size):
+        target = stage.at[pl.ds(0, size)]
+        plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, size), step], target, barrier, collective_axes="pair")
+
+    if box % 32:  # each block loads a half, in eights
+        take(box)
+    else:
+        pl.when(stop <= box // 2)(lambda: take(box // 2))
+        pl.when(stop > box // 2)(lambda: take(box))
+
+
+def first_column(column, width=COLUMNS):
     """Of this block's tile in the column-th pair."""
-    return (column * 2 + lax.axis_index("pair")) * COLUMNS
+    return column * (2 * COLUMNS) + lax.axis_index("pair") * width
+
+
+def place_columns(column, N: int, body):
+    """body(first column, width) of this block's tile; the two blocks share what is left for the last pair of N."""
+    if N % (2 * COLUMNS) not in (COLUMNS // 2, COLUMNS):
+        return body(first_column(column), COLUMNS)
+    last = N // (2 * COLUMNS)
+    pl.when(column == last)(lambda: body(first_column(column, COLUMNS // 2), COLUMNS // 2))
+    pl.when(column < last)(lambda: body(first_column(column), COLUMNS))
 
 
 def store_whole(acc, out, at, stages, turn, turned=False):
@@ -222,6 +246,7 @@ def store_rows(acc, out, at, start, stop, stages, plain, *, turn=0, turned=False
         part, here = (acc[:, r : r + 64] if turned else acc[r : r + 64]), (row + r, column)
         first, last = jnp.maximum(start - r, 0), jnp.minimum(stop - r, 64)
         whole = last - first == 64
-        pl.when(whole)(functools.partial(store_whole, part, out, here, stages, turn + r, turned))
+        if out.shape[0] >= 64:  # see stored_rows
+            pl.when(whole)(functools.partial(store_whole, part, out, here, stages, turn + r, turned))
         some = functools.partial(_store_some, part, out, here, first, last, plain, turned)
         pl.when((last > first) & jnp.logical_not(whole))(some)

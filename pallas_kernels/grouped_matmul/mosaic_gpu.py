@@ -54,7 +54,7 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
     spare = -M % 8  # the copy engine takes rows in eights
     table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
     weights = (COLUMNS, _STEP) if transpose_rhs else (_STEP, COLUMNS)
-    out = jax.ShapeDtypeStruct((M + spare, N), out_dtype)
+    out = jax.ShapeDtypeStruct((hopper.stored_rows(M), N), out_dtype)
     body = functools.partial(_forward_kernel, t, transpose_rhs)
     stage = {"a": (max(rows, 64), _STEP), "b": weights}
     kernel = hopper.launch("grouped_matmul", body, t, out, stage, lhs.dtype)
@@ -87,27 +87,37 @@ def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a,
     info = hopper.walk_rows(tiles, columns)
 
     def load(tile, k, slot, barrier):
-        group, row, _, _, column = tile
-        step, wide = pl.ds(k * _STEP, _STEP), pl.ds(hopper.first_column(column), COLUMNS)
-        hopper.load_rows(lhs.at[pl.ds(row * 8, box), step], a.at[slot], barrier)
-        block = rhs.at[group, wide, step] if transpose_rhs else rhs.at[group, step, wide]
-        plgpu.copy_gmem_to_smem(block, b.at[slot], barrier)
+        group, row, _, stop, column = tile
+        step = pl.ds(k * _STEP, _STEP)
+        hopper.load_rows(lhs, row * 8, step, box, stop, a.at[slot], barrier)
+
+        def weights(first, width):
+            if transpose_rhs:
+                block, target = rhs.at[group, pl.ds(first, width), step], b.at[slot, pl.ds(0, width)]
+            else:  # all columns, whatever the width: a narrower target would not be contiguous
+                block, target = rhs.at[group, step, pl.ds(first, COLUMNS)], b.at[slot]
+            plgpu.copy_gmem_to_smem(block, target, barrier)
+
+        hopper.place_columns(column, N, weights)
 
     def compute(wg, tile, accumulate):
         _, row, start, stop, column = tile
 
-        def operands(_, slot):
-            return ((a.at[slot], b.at[slot].transpose((1, 0)) if transpose_rhs else b.at[slot]),)
+        def multiply(first, width):
+            def operands(_, slot):
+                if transpose_rhs:
+                    return ((a.at[slot], b.at[slot, pl.ds(0, width)].transpose((1, 0))),)
+                return ((a.at[slot], b.at[slot, :, pl.ds(0, width)]),)
 
-        def store(acc):
-            at = row * 8, hopper.first_column(column)
-            hopper.store_rows(acc.astype(out.dtype), out, at, start, stop, *staging[wg])
+            def store(acc):
+                hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *staging[wg])
 
-        accumulate(operands, store)
+            accumulate(operands, store, ((a.shape[1], width),))
+
+        hopper.place_columns(column, N, multiply)
 
     steps = lambda tile: jnp.where(tile[0] < E, depth, 0)  # noqa: E731
-    sums = ((a.shape[1], COLUMNS),)
-    hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free, sums)
+    hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free)
 
 
 def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, ready, free):

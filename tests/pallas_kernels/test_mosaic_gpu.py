@@ -98,8 +98,9 @@ def test_gradients_through_the_public_function(sizes, capfd, monkeypatch):
 
 
 def test_transposed_weights_are_read_as_they_lie(capfd):
+    """384 columns: a pair of 128 each and a last one of 64 each."""
     sizes = np.array([70, 0, 51], np.int32)
-    lhs, rhs, grad = operands(sizes, 128, 128, 128)
+    lhs, rhs, grad = operands(sizes, 128, 64, 384)
     metadata = group_metadata(jnp.asarray(sizes), 128)
     turned = jnp.swapaxes(rhs, 1, 2)
     out = interpreted(
