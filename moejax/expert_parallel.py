@@ -2,7 +2,8 @@
 
 Each device sorts the rows of its own part of the batch and runs them through all experts, whose weights are
 gathered for it (data parallel and FSDP). On a mesh with an expert axis each device keeps its E/S experts and tokens
-come to them (`exchange`). Means and counts over tokens stay outside, so they are global.
+come to them (`exchange`); on one with a tensor axis it keeps a part of their hidden width. Means and counts over
+tokens stay outside, so they are global.
 """
 
 import functools
@@ -45,9 +46,8 @@ def mixture_and_overflow(
     run = functools.partial(_mixture, num_experts=num_experts, implementation=implementation)
     axes = sharding.batch_axes()
     groups = jax.tree.leaves(decision)[0].shape[0]
-    if not axes or groups != x.shape[0]:
+    if groups != x.shape[0]:
         return run(x, decision, weights)
-    rows, held = PartitionSpec(axes), PartitionSpec()
     if exchange.AXIS in axes:
         exchange.check_experts(num_experts, jax.sharding.get_abstract_mesh().shape[exchange.AXIS])
         way = exchange.pick(way)
@@ -55,21 +55,34 @@ def mixture_and_overflow(
             raise UserError(f"config.model.moe.exchange={way!r} can't move rows of expert choice: give 'gather'")
         if way == "remote":
             exchange.check_remote(x)
-        run, held = functools.partial(run, way=way, factor=factor), PartitionSpec(exchange.AXIS)
-    run = functools.partial(run, copied=tuple(axis for axis in axes if axis not in held))
-    run = jax.shard_map(run, in_specs=(rows, rows, held), out_specs=(rows, rows), axis_names=set(axes))
+        run = functools.partial(run, way=way, factor=factor)
+    experts_on = exchange.AXIS if exchange.AXIS in axes else None
+    hidden_on = "tensor" if sharding.splits("tensor") else None
+    run = functools.partial(run, copied=tuple(axis for axis in axes if axis != experts_on), hidden_on=hidden_on)
+    into, out = PartitionSpec(experts_on, None, hidden_on), PartitionSpec(experts_on, hidden_on)
+    rows, held = PartitionSpec(axes or None), {"gate": into, "up": into, "down": out}
+    run = sharding.on_each_device(run, in_specs=(rows, rows, held), out_specs=(rows, rows))
     y, overflow = run(x, decision, weights)
     return y, overflow if overflow is None else jnp.sum(overflow, dtype=jnp.int32)
 
 
-_STATIC = ("num_experts", "implementation", "way", "factor", "copied")
+_STATIC = ("num_experts", "implementation", "way", "factor", "copied", "hidden_on")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)  # traced and lowered once, not in each of a model's layers
-def _mixture(x, decision, weights, *, num_experts, implementation, way=None, factor=None, copied=()):
-    """One device's part, where weights are the same along the mesh axes `copied`; overflow (1,) i32 or None."""
+def _mixture(x, decision, weights, *, num_experts, implementation, way=None, factor=None, copied=(), hidden_on=None):
+    """One device's part, where weights are the same along the mesh axes `copied`; overflow (1,) i32 or None.
+
+    Along mesh axis `hidden_on` each device has F/n of each expert's hidden width: its results are terms of a sum.
+    """
 
     def run(x, decision, weights):
+        if hidden_on:
+            y, overflow = parts(lax.pcast(x, hidden_on, to="varying"), decision, weights)
+            return lax.psum(y, hidden_on), overflow
+        return parts(x, decision, weights)
+
+    def parts(x, decision, weights):
         # Replicated going in, different on each device coming back: the cast's transpose is the sum over devices.
         if copied:
             weights = jax.tree.map(lambda w: lax.pcast(w, copied, to="varying"), weights)
@@ -150,7 +163,8 @@ def _by_remote(x, decision, weights, num_experts, implementation, factor):
     flat = flatten(decision, tokens.shape[0])
     mine = weights["gate"].shape[0]
     devices = num_experts // mine
-    room = exchange.rows_received(factor, *flat.experts.shape, devices)
+    T, K = flat.experts.shape
+    room = exchange.rows_received(factor, T, K, devices)
     with jax.named_scope("dispatch"):
         routes, here = exchange.routes(flat, mine, devices, room)
     with jax.named_scope("exchange"):

@@ -57,7 +57,7 @@ def routes(experts: jax.Array, me: jax.Array, *, mine: int, devices: int, rows: 
 
 
 def arrivals(going: jax.Array, rows: int) -> jax.Array:
-    """going (N, S) bool -> (N, S) i32: how many tokens before it go to that device; `rows` where it doesn't or more do."""
+    """going (N, S) bool -> (N, S) i32: how many tokens before it go to that device; `rows` where it doesn't."""
     before = jnp.cumsum(going, axis=0, dtype=jnp.int32) - 1
     return jnp.where(going & (before < rows), before, rows)
 
