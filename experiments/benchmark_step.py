@@ -12,7 +12,10 @@ experts, compiled on a GPU.
 
 import dataclasses
 import json
+import os
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -28,6 +31,9 @@ from pallas_kernels import timing
 
 _CONFIG = cli.config_flag()
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats of each case; the median counts.", lower_bound=1)
+_DOCUMENTS = flags.DEFINE_integer(
+    "documents", 1, "Documents in each row of the batch. One needs no mask in attention, as the peer.", lower_bound=1
+)
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter with torch and transformers.")
 
 PEER = Path(__file__).parent / "peers" / "hf_train_step.py"
@@ -51,7 +57,7 @@ def report(config: Config, seconds: dict[str, float], step: Step) -> None:
     peak = environment.peak_flops(jax.devices()[0].device_kind)
     print(f"{accounting.describe(config.model, config.data.sequence_length)}")
     dtypes = f"{config.model.dtype} compute, {config.model.param_dtype} parameters"
-    print(f"{tokens} tokens a step, {devices} devices; {dtypes}")
+    print(f"{tokens} tokens a step, {_DOCUMENTS.value} documents a row, {devices} devices; {dtypes}")
     for name, each in seconds.items():
         rate = tokens / each
         teraflops, all_of_it = (rate * f / devices / 1e12 for f in (flops, counts.train_flops_per_token))
@@ -92,6 +98,8 @@ def peer(python: str, config: Config, repeats: int, ours: float) -> None:
 def main() -> None:
     if _CONFIG.value is None:
         raise UserError("--config is missing: give a file of experiments/configs")
+    # In a CUDA graph a profile doesn't tell one operation from the next. Without, a large step takes as long.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
     config = configs.settle(configs.from_config_dict(_CONFIG.value))
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
@@ -99,7 +107,9 @@ def main() -> None:
     seconds, step = {}, None
     for name, case in cases.items():
         step = None  # two states may not fit
-        step = Step(case, case.data.batch_size, case.data.sequence_length)
+        start = time.perf_counter()
+        step = Step(case, case.data.batch_size, case.data.sequence_length, _DOCUMENTS.value)
+        print(f"{name}: compiled and ready in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         seconds[name] = timing.rounds({name: step}, _REPEATS.value)[name][0] / 1e6
     assert step is not None
     report(config, seconds, step)

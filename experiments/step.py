@@ -12,29 +12,33 @@ from moejax.models.lm import LM
 from moejax.train_step import compiled_step, create, state_shardings, to_devices
 
 
-def random_batch(vocab_size: int, batch: int, length: int) -> dict[str, Any]:
-    """One document per row of random tokens."""
+def random_batch(vocab_size: int, batch: int, length: int, documents: int = 1) -> dict[str, Any]:
+    """Rows of random tokens, each of `documents` documents of equal length; one needs no mask, and so has none."""
     tokens = np.random.default_rng(0).integers(0, vocab_size, (batch, length + 1), dtype=np.int32)
-    return {
+    found = {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length)),
-        "segment_ids": np.ones((batch, length), np.int32),
         "mask": np.ones((batch, length), bool),
         "target_bytes": batch * length,
     }
+    if documents > 1:
+        place = np.arange(length, dtype=np.int32) * documents
+        found["segment_ids"] = np.broadcast_to(1 + place // length, (batch, length))
+        found["positions"] = np.broadcast_to(place % length // documents, (batch, length))
+    return found
 
 
 class Step:
-    """The compiled step of a new research LM on one batch (B, L) of random tokens; each call takes the next step."""
+    """The compiled step of a new research LM on one `random_batch`; each call takes the next step."""
 
-    def __init__(self, config: Config, batch: int, length: int):
+    def __init__(self, config: Config, batch: int, length: int, documents: int = 1):
         self.mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
         model, tx = LM(config.model), optimizer.make(config.optimizer)
         shardings = state_shardings(model, tx, self.mesh)
         assert config.model.vocab_size is not None
         with jax.set_mesh(self.mesh):
-            rows = random_batch(config.model.vocab_size, batch, length)
+            rows = random_batch(config.model.vocab_size, batch, length, documents)
             self._batch = to_devices(rows, sharding.batch_sharding(self.mesh))
             self._state = create(model, tx, self.mesh, config.seed)
             self.compiled = compiled_step(model, tx, config, shardings).lower(self._state, self._batch).compile()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.errors import UserError
 from pallas_kernels import gated_ffn as kernels
@@ -55,8 +56,8 @@ def gated_ffn(
         product = functools.partial(
             grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation
         )
-        hidden = _gated(activation, product(rows, gate), product(rows, up))
-        return product(hidden, down)
+        a, b = (checkpoint_name(product(rows, weights), "experts") for weights in (gate, up))
+        return checkpoint_name(product(_gated(activation, a, b), down), "experts")
 
 
 def _check(rows, gate, up, down, group_sizes, activation) -> None:
@@ -96,7 +97,7 @@ def _blocks_forward(activation, rows, gate, up, down, metadata):
     a = b = None
     out = jnp.zeros_like(rows)
     if layout.base:
-        padded, a, b = block(layout.pad(rows), gate, up, down)
+        padded, a, b = (checkpoint_name(x, "experts") for x in block(layout.pad(rows), gate, up, down))
         out = layout.unpad(padded)
 
     def step(out: Array, windows: Windows) -> Array:

@@ -4,6 +4,7 @@ Layers: `first_dense_layers` dense ones, then periods of `moe_every` blocks of w
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -142,7 +143,7 @@ class LM(nn.Module):
 
     def _stack(self, block, length: int):
         """`block` repeated `length` times by a scan with stacked parameters, rematerialised as the config asks."""
-        policies = {"full": None, "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
+        policies = {"full": None, "dots": _keep_products}
         if self.config.remat != "none":
             # A scan's body is compiled by itself: common subexpressions can't undo the rematerialisation.
             block = nn.remat(block, policy=policies[self.config.remat], prevent_cse=not self.config.scan_layers)
@@ -155,6 +156,17 @@ class LM(nn.Module):
             unroll=1 if self.config.scan_layers else length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+
+
+def _keep_products(primitive, *inputs, **parameters) -> Any:
+    """A `jax.checkpoint` policy: keep what matrix products, attention and experts give, compute the rest again."""
+    policies = jax.checkpoint_policies
+    if primitive.name == "dot_product_attention_fwd":  # cuDNN's, with the sums that its gradient needs
+        return True
+    either = policies.save_from_both_policies(
+        policies.checkpoint_dots_with_no_batch_dims, policies.save_only_these_names("attention", "experts")
+    )
+    return either(primitive, *inputs, **parameters)
 
 
 def layer_plan(config: ModelConfig) -> tuple[int, int]:

@@ -6,6 +6,7 @@ Letters: M rows, E groups (experts), D and F the widths outside and inside.
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.gated_ffn import mosaic_gpu
 from pallas_kernels.grouped_matmul import GroupMetadata, group_metadata, grouped_matmul, named, pick
@@ -34,7 +35,8 @@ def gated_ffn(
     (M, D) of that dtype. Differentiable in rows and weights. Rows past the sum of group_sizes are never read, come out
     as zeros and take no part in a gradient. metadata: `group_metadata(group_sizes, M)`. implementation: of
     `grouped_matmul`; with "mosaic_gpu" the products with gate and up and the activation are one kernel, which stores
-    the two products only for a backward pass, and the gradient of rows another; with any other, plain products.
+    the two products only for a backward pass, and the gradient of rows another; with any other, plain products. What
+    products give has the checkpoint name "experts", for `jax.checkpoint` to keep.
 
     Raises ValueError for shapes, dtypes or an activation that don't fit, NotImplementedError as `grouped_matmul`.
     """
@@ -47,8 +49,9 @@ def gated_ffn(
     if name == "mosaic_gpu" and rows.shape[0]:
         hidden = _hidden(activation, *vary_alike(rows, gate, up, group_sizes, metadata))
     else:
-        hidden = ACTIVATIONS[activation](product(rows, gate)) * product(rows, up)
-    return product(hidden, down)
+        a, b = (checkpoint_name(product(rows, weights), "experts") for weights in (gate, up))
+        hidden = ACTIVATIONS[activation](a) * b
+    return checkpoint_name(product(hidden, down), "experts")
 
 
 def _check(rows, gate, up, down, group_sizes, activation) -> None:
@@ -74,7 +77,8 @@ def _hidden(activation, rows, gate, up, group_sizes, metadata):
 
 
 def _hidden_forward(activation, rows, gate, up, group_sizes, metadata):
-    hidden, a, b = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True)
+    kept = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True)
+    hidden, a, b = (checkpoint_name(x, "experts") for x in kept)
     return hidden, (rows, gate, up, group_sizes, metadata, a, b)
 
 
