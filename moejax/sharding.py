@@ -5,7 +5,7 @@ alone: it pins Auto axes, because `jax.make_mesh` defaults to Explicit ones, whi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -146,6 +146,25 @@ def batch_axes() -> tuple[str, ...]:
     axes = RULES["batch"]
     assert isinstance(axes, tuple)
     return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+
+
+def splits(axis: str) -> bool:
+    """Whether the mesh in use has more than one device along `axis`."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1
+
+
+def on_each_device(function: Callable, in_specs, out_specs, check_vma: bool = True) -> Callable:
+    """`function` of each device's part of its arguments, by shard_map; itself on one device or without a mesh.
+
+    Manual over every axis of the mesh, those of one device too: a TPU kernel isn't compiled where any is automatic.
+    Specs name axes of more than one device alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=set(mesh.axis_names), check_vma=check_vma
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
