@@ -1,10 +1,14 @@
 """Attention: one function, and grouped-query attention (Ainslie 2023) around it."""
 
+import functools
+import logging
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from moejax import attention_blocks, layers, sharding
 
@@ -31,6 +35,7 @@ def attend(
     """
     if implementation is None:
         implementation = _pick(q, v, sinks, softcap)
+        _log_once(f"attention: {implementation} on {jax.default_backend()}")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {implementation!r}: one of {', '.join(IMPLEMENTATIONS)}, or None")
     if implementation == "splash":
@@ -65,6 +70,11 @@ def _pick(q: jax.Array, v: jax.Array, sinks: jax.Array | None, softcap: float | 
     if backend == "gpu" and _fits_cudnn(q, v):
         return "cudnn"
     return "blocks" if backend == "cpu" else "xla"
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    logging.getLogger(__name__).info(line)
 
 
 def _fits_cudnn(q: jax.Array, v: jax.Array) -> bool:
@@ -154,7 +164,23 @@ def softmax(scores: jax.Array, mask: jax.Array, sinks: jax.Array | None = None) 
 
 
 def _splash(q, k, v, segment_ids, window, softcap):
-    """jax's splash attention for TPU: block-sparse, never L×L."""
+    """jax's splash attention for TPU: block-sparse, never L×L. Each device takes its rows of the batch and its heads."""
+    if segment_ids is None:
+        segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+    rows = sharding.batch_axes() or None
+    heads = PartitionSpec(rows, None, "tensor" if sharding.splits("tensor") else None)
+    # Its results don't say along which axes they vary, so what check_vma checks is said here: every axis of more than
+    # one device splits all of its arguments that have gradients, and the result; nothing is summed over devices.
+    run = sharding.on_each_device(
+        functools.partial(_splash_local, window=window, softcap=softcap),
+        in_specs=(heads, heads, heads, PartitionSpec(rows)),
+        out_specs=heads,
+        check_vma=False,
+    )
+    return run(q, k, v, segment_ids)
+
+
+def _splash_local(q, k, v, segment_ids, *, window, softcap):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -167,8 +193,6 @@ def _splash(q, k, v, segment_ids, window, softcap):
     repeats = q.shape[2] // k.shape[2]
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v))
     k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
-    if segment_ids is None:
-        segment_ids = jnp.zeros((q.shape[0], length), jnp.int32)
     out = jax.vmap(attention)(q, k, v, segment_ids=kernel.SegmentIds(segment_ids, segment_ids))
     return jnp.swapaxes(out, 1, 2)
 
@@ -211,6 +235,7 @@ class Attention(nn.Module):
             out = self._cached(q, k, v, positions, cache_length)
         else:
             out = attend(q, k, v, segment_ids, implementation=self.implementation)
+            out = checkpoint_name(out, "attention")
         init, shape = layers.fan_in_init((0, 1), 2, self.init_scale), (self.num_heads, self.head_dim, width)
         kernel = layers.parameter(self, "out", init, shape, ("heads", "head_dim", "embed"))
         out = layers.linear(out, kernel, inputs=2)
