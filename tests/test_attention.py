@@ -165,3 +165,27 @@ def test_a_named_implementation_runs_or_raises():
         attention.attend(q, k, v, sinks=SINKS, implementation="xla")
     with pytest.raises(NotImplementedError, match="use 'plain'"):
         attention.attend(q, k, v, softcap=1.0, implementation="cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_cudnn_in_half_precision_is_picked_and_near_float32(segments, kv_heads):
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs(B=2, L=256, H=4, H_kv=kv_heads, hd=64))
+    ids = jnp.asarray(np.repeat([[1, 2, 3, 0], [1, 1, 1, 1]], 64, axis=1), jnp.int32) if segments else None
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+
+    def run(implementation):
+        def total(*args):
+            out = attention.attend(*args, ids, implementation=implementation)
+            return jnp.vdot(out.astype(jnp.float32), weights), out
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+
+    picked = run(None).lower(q, k, v)
+    assert "cudnn" in picked.compile().as_text()
+    (_, out), gradients = picked.compile()(q, k, v)
+    (_, want), wanted = run("plain")(*(x.astype(jnp.float32) for x in (q, k, v)))
+    for ours, theirs in zip((out, *gradients), (want, *wanted), strict=True):
+        ours, theirs = (np.asarray(x.astype(jnp.float32)) for x in (ours, theirs))
+        assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs)
