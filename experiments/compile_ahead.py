@@ -3,8 +3,8 @@
   make .venv/libtpu-0.0.48.1      # the TPU compiler, 0.7 GB, once
   python experiments/compile_ahead.py --config=experiments/configs/deepseek_v3_sized.py --topology=v5p:8x8x4
 
-Prints memory per device (arguments, temporaries, peak) against the device's, FLOPs and each kind of collective with
-its bytes. No TPU is asked for and no array is made. --slices=2 compiles for two such slices.
+Prints memory per device (arguments, temporaries, peak) against the device's, FLOPs and each collective with its bytes,
+those of a loop's body times its turns. No TPU is asked for and no array is made. --slices=2 compiles for two such slices.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def main() -> None:
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"it does not compile for {TOPOLOGY.value}: {reason(error)}") from error
     print(f"compiled in {time.perf_counter() - clock:.0f} s")
-    report(compiled, devices[0].device_kind)
+    report(compiled, config, mesh.devices.size, devices[0].device_kind)
 
 
 def described(topology: str, slices: int = 1) -> list[Any]:
@@ -115,7 +115,7 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Compiled
         return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
-def report(compiled: jax.stages.Compiled, kind: str) -> None:
+def report(compiled: jax.stages.Compiled, config: Config, devices: int, kind: str) -> None:
     memory: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
     peak = getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -128,11 +128,19 @@ def report(compiled: jax.stages.Compiled, kind: str) -> None:
         print(f"  {name:12} {size / 2**30:8.2f} GiB per device")
     if kind in HBM:
         print(f"  of {HBM[kind]} GiB: {peak / 2**30 / HBM[kind]:.0%}")
-    print(f"  FLOPs        {cost.get('flops', math.nan):8.3g} per device, as XLA counts: loops once, no kernels")
-    print("collectives, bytes of their results per device (× those in a loop's body run once for each layer):")
-    found = collectives(compiled.as_text() or "")
-    for (name, shape), (count, size) in sorted(found.items(), key=lambda item: -item[1][1]):
-        print(f"  {name:20} {count:4} × {shape:32} {size / 2**20:12.2f} MiB")
+    length = config.data.sequence_length
+    forward = accounting.account(config.model, length).active_flops_per_token * config.data.batch_size * length
+    print(f"  FLOPs        {3 * forward / devices:8.3g} per device and step: the model's forward pass, three times")
+    print(f"               {cost.get('flops', math.nan):8.3g} as XLA counts: a loop's body once, kernels not at all")
+    text = compiled.as_text() or ""
+    print(f"  kernels      {text.count('custom_call_target="tpu_custom_call"'):8} in the program's text")
+    print("collectives of one step, bytes of their results per device:")
+    found = sorted(collectives(text).items(), key=lambda item: -item[1][1])
+    for kind in sorted({name for (name, _), _ in found}):
+        count, size = (sum(sizes) for sizes in zip(*(row for (name, _), row in found if name == kind), strict=True))
+        print(f"  {kind:20} {count:6} in all{'':26} {size / 2**30:10.3f} GiB")
+    for (name, shape), (count, size) in found:
+        print(f"  {name:20} {count:6} × {shape:30} {size / 2**30:10.3f} GiB")
 
 
 if __name__ == "__main__":
