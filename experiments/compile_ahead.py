@@ -4,7 +4,8 @@
   python experiments/compile_ahead.py --config=experiments/configs/deepseek_v3_sized.py --topology=v5p:8x8x4
 
 Prints memory per device (arguments, temporaries, peak) against the device's, FLOPs and each collective with its bytes,
-those of a loop's body times its turns. No TPU is asked for and no array is made. --slices=2 compiles for two such slices.
+those of a loop's body times its turns. No TPU is asked for and no array is made. --slices=2 compiles for two such
+slices.
 """
 
 import contextlib

@@ -164,7 +164,7 @@ def softmax(scores: jax.Array, mask: jax.Array, sinks: jax.Array | None = None) 
 
 
 def _splash(q, k, v, segment_ids, window, softcap):
-    """jax's splash attention for TPU: block-sparse, never L×L. Each device takes its rows of the batch and its heads."""
+    """jax's splash attention for TPU: block-sparse, never L×L. Each device takes its rows and its heads."""
     if segment_ids is None:
         segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
     rows = sharding.batch_axes() or None
