@@ -4,8 +4,9 @@
   python experiments/generate.py --workdir=runs/x --prompt="def " --prompt="class Tree"
   python experiments/generate.py --workdir=runs/x --prompt_file=prompts.txt
 
-Several prompts run as one batch: one is printed as it comes, several in their order when all have ended. --workdir may
-also be a copy that holds the checkpoint alone. Nothing is dropped at any capacity factor.
+Several prompts run as one batch and are printed in their order: the first as it comes, each further one when those
+before it have ended. --workdir may also be a copy that holds the checkpoint alone. Nothing is dropped at any capacity
+factor.
 """
 
 import sys
@@ -84,10 +85,22 @@ def prompts() -> list[str]:
     return texts or [""]
 
 
-def run(model, variables, tokenizer, texts: list[str], encoded: list[list[int]], ends) -> None:
-    """Generates and prints: one prompt as its tokens come, several when all have ended."""
-    stream = Stream(tokenizer, texts[0])
-    new = generate(
+def run(model, variables, tokenizer, texts: list[str], encoded: list[list[int]], ends: int | list[int]) -> None:
+    """Generates, and prints the first prompt that has not ended as its tokens come."""
+    stops = {ends} if isinstance(ends, int) else set(ends)
+    streams = [Stream(tokenizer, text, stops) for text in texts]
+    waiting = list(streams)
+
+    def on_token(tokens) -> None:
+        for stream, token in zip(streams, tokens, strict=True):
+            stream.add(int(token))
+        while waiting:
+            waiting[0].show()
+            if not waiting[0].ended:
+                return
+            waiting.pop(0).close()
+
+    generate(
         model,
         variables,
         encoded,
@@ -96,38 +109,36 @@ def run(model, variables, tokenizer, texts: list[str], encoded: list[list[int]],
         top_p=TOP_P.value,
         seed=SEED.value,
         eos_id=ends,
-        on_token=(lambda tokens: stream(int(tokens[0]))) if len(texts) == 1 else None,
+        on_token=on_token,
     )
-    if len(texts) == 1:
-        stream.close()
-        return
-    for text, tokens in zip(texts, new, strict=True):
-        stream = Stream(tokenizer, text)
-        for token in tokens:
-            stream(token)
+    for stream in waiting:
         stream.close()
 
 
 class Stream:
-    """Prints the prompt, then tokens as text as they come, holding back bytes that don't yet make a character."""
+    """One prompt and what follows it, printed as text, bytes held back that don't yet make a character."""
 
-    def __init__(self, tokenizer, prompt: str):
-        self.tokenizer, self.prompt, self.shown = tokenizer, prompt, ""
+    def __init__(self, tokenizer, prompt: str, stops: set[int]):
+        self.tokenizer, self.prompt, self.stops, self.shown = tokenizer, prompt, stops, ""
         self.tokens: list[int] = []
+        self.ended = False
 
-    def __call__(self, token: int) -> None:
+    def add(self, token: int) -> None:
+        if not self.ended and token != self.tokenizer.end_of_document:
+            self.tokens.append(token)
+        self.ended |= token in self.stops
+
+    def show(self) -> None:
+        self._print(self.tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def close(self) -> None:
+        self._print(self.tokenizer.decode(self.tokens))
+        print()
+
+    def _print(self, text: str) -> None:
         if self.prompt:  # only now: by then every complaint about the options is out
             print(self.prompt, end="", flush=True)
             self.prompt = ""
-        if token != self.tokenizer.end_of_document:
-            self.tokens.append(token)
-            self._show(self.tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
-
-    def close(self) -> None:
-        self._show(self.tokenizer.decode(self.tokens))
-        print()
-
-    def _show(self, text: str) -> None:
         if text.startswith(self.shown):
             print(text[len(self.shown) :], end="", flush=True)
             self.shown = text
