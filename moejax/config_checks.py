@@ -71,10 +71,10 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
     _one_of("model.moe.implementation", moe.implementation, grouped_matmul.IMPLEMENTATIONS)
     exchange.pick(moe.exchange)
     _above_zero("model.moe", moe, "exchange_factor")
-    if moe.exchange_factor is not None and moe.exchange not in ("all_to_all", "remote"):
+    if moe.exchange_factor is not None and moe.exchange in (None, "gather"):
         raise UserError(
             f"config.model.moe.exchange_factor={moe.exchange_factor} does nothing with exchange={moe.exchange!r}: "
-            "leave it out or set model.moe.exchange to 'all_to_all' or 'remote'"
+            "leave it out or set model.moe.exchange to 'all_to_all', 'ragged' or 'remote'"
         )
     if mesh is not None and mesh.expert > 1 and moe.num_experts % mesh.expert:
         raise UserError(

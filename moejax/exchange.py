@@ -3,7 +3,7 @@ shard_map, where the `expert` axis is manual.
 
 `gather` brings all tokens to all devices. `all_to_all` sends each choice's row to its expert's device, in equal pieces:
 `Parcels` says which row stands where; a token with several experts on one device is sent once for each. `remote` writes
-each token's row once into the memory of every device that has experts for it (`pallas_kernels.remote_exchange`).
+each token's row once into the memory of every device that has experts for it (`pallas_kernels.remote_exchange`). `ragged` is in ragged.py.
 
 Letters: T tokens of one device, D model width, E experts, K experts per token, S devices on the expert axis, C rows
 from one device to another, R rows that come to one device.
@@ -27,7 +27,7 @@ from moejax.routing_select import rank_in_expert
 from pallas_kernels import remote_exchange
 
 AXIS = "expert"
-NAMES = ("gather", "all_to_all", "remote")
+NAMES = ("gather", "all_to_all", "ragged", "remote")
 
 
 def pick(name: str | None) -> str:

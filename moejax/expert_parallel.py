@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from moejax import dispatch, exchange, experts, few_tokens, routing, sharding
+from moejax import dispatch, exchange, experts, few_tokens, ragged, routing, sharding
 from moejax.errors import UserError
 from pallas_kernels import remote_exchange
 
@@ -40,8 +40,8 @@ def mixture_and_overflow(
     down (E, F, D). `way` names the exchange (`model.moe.exchange`) and `factor` bounds its pieces
     (`exchange.rows_per_pair`). The second value is the number of choices, () i32 over all devices, that found no room
     in them and are missing from the result; None where nothing is exchanged. Raises UserError where E does not divide
-    over the expert axis, for a bound below one row, for expert choice by all_to_all or remote, and for remote off the
-    GPUs of one host.
+    over the expert axis, for a bound below one row, for expert choice by another way than gather, for remote off the
+    GPUs of one host, and for ragged on CPU.
     """
     run = functools.partial(_mixture, num_experts=num_experts, implementation=implementation)
     axes = sharding.batch_axes()
@@ -55,6 +55,8 @@ def mixture_and_overflow(
             raise UserError(f"config.model.moe.exchange={way!r} can't move rows of expert choice: give 'gather'")
         if way == "remote":
             exchange.check_remote(x)
+        if way == "ragged":
+            ragged.check_platform()
         run = functools.partial(run, way=way, factor=factor)
     experts_on = exchange.AXIS if exchange.AXIS in axes else None
     hidden_on = "tensor" if sharding.splits("tensor") else None
@@ -90,6 +92,8 @@ def _mixture(x, decision, weights, *, num_experts, implementation, way=None, fac
             return _by_gather(x, decision, weights, implementation), None
         if way == "all_to_all":
             return _by_all_to_all(x, decision, weights, num_experts, implementation, factor)
+        if way == "ragged":
+            return _by_ragged(x, decision, weights, num_experts, implementation, factor)
         if way == "remote":
             return _by_remote(x, decision, weights, num_experts, implementation, factor)
         return _local(x, decision, weights, num_experts, implementation), None
@@ -173,6 +177,29 @@ def _by_remote(x, decision, weights, num_experts, implementation, factor):
     with jax.named_scope("exchange"):
         y = remote_exchange.collect(done, routes.places, axis=exchange.AXIS)
     return y.reshape(x.shape), routes.overflow[None]
+
+
+def _by_ragged(x, decision, weights, num_experts, implementation, factor):
+    """Rows sorted by expert go straight to their places on the experts' devices, and results back; gates as above."""
+    tokens = x.reshape(-1, x.shape[-1])
+    flat = flatten(decision, tokens.shape[0])
+    mine = weights["gate"].shape[0]
+    T, K = flat.experts.shape
+    room = ragged.rows_received(factor, T, K, mine, num_experts // mine)
+    with jax.named_scope("dispatch"):
+        plan = dispatch.plan(flat, num_experts)
+        rows = dispatch.gather(tokens, plan)
+    with jax.named_scope("exchange"):
+        counts = lax.all_gather(plan.group_sizes, exchange.AXIS)
+        places = ragged.places(counts, lax.axis_index(exchange.AXIS), room)
+        rows = ragged.send(rows, places, room, exchange.AXIS)
+    with jax.named_scope("experts"):
+        gate, up, down = (weights[name] for name in ("gate", "up", "down"))
+        rows = experts.gated_ffn(rows, gate, up, down, places.group_sizes, implementation=implementation)
+    with jax.named_scope("exchange"):
+        rows = ragged.fetch(rows, places, T * K, exchange.AXIS)
+    with jax.named_scope("combine"):
+        return dispatch.combine(rows, plan, T).reshape(x.shape), places.overflow[None]
 
 
 def flatten(decision, num_tokens: int):
