@@ -2,8 +2,9 @@
 shard_map, where the `expert` axis is manual.
 
 `gather` brings all tokens to all devices. `all_to_all` sends each choice's row to its expert's device, in equal pieces:
-`Parcels` says which row stands where; a token with several experts on one device is sent once for each. `remote` writes
-each token's row once into the memory of every device that has experts for it (`pallas_kernels.remote_exchange`). `ragged` is in ragged.py.
+`Parcels` says which row stands where; a token with several experts on one device is sent once for each. With `remote`
+each device reads the row of every token that its experts are chosen by, once, where it stands in another's memory
+(`pallas_kernels.remote_exchange`). `ragged` is in ragged.py.
 
 Letters: T tokens of one device, D model width, E experts, K experts per token, S devices on the expert axis, C rows
 from one device to another, R rows that come to one device.

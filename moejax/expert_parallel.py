@@ -172,10 +172,10 @@ def _by_remote(x, decision, weights, num_experts, implementation, factor):
     with jax.named_scope("dispatch"):
         routes, here = exchange.routes(flat, mine, devices, room)
     with jax.named_scope("exchange"):
-        came = remote_exchange.send(tokens, routes.places, rows=room, axis=exchange.AXIS)
+        came = remote_exchange.send(tokens, routes, axis=exchange.AXIS)
     done = _sorted(came, here, weights, mine, implementation, x.dtype)
     with jax.named_scope("exchange"):
-        y = remote_exchange.collect(done, routes.places, axis=exchange.AXIS)
+        y = remote_exchange.collect(done, routes, axis=exchange.AXIS)
     return y.reshape(x.shape), routes.overflow[None]
 
 

@@ -86,8 +86,8 @@ def test_sums_come_back_and_each_way_is_the_others_gradient(monkeypatch):
         everyone = jax.lax.all_gather(experts, "expert", tiled=True)
         routes = remote_exchange.routes(everyone, jax.lax.axis_index("expert"), mine=2, devices=4, rows=R)
         real = (routes.source < everyone.shape[0])[:, None]
-        send = functools.partial(remote_exchange.send, places=routes.places, rows=R, axis="expert")
-        collect = functools.partial(remote_exchange.collect, places=routes.places, axis="expert")
+        send = functools.partial(remote_exchange.send, routes=routes, axis="expert")
+        collect = functools.partial(remote_exchange.collect, routes=routes, axis="expert")
         came, send_back = jax.vjp(send, x)
         home, collect_back = jax.vjp(collect, y)
         back, again = send_back(jnp.where(real, y, jnp.nan))[0], collect_back(x)[0]
@@ -108,14 +108,21 @@ def test_sums_come_back_and_each_way_is_the_others_gradient(monkeypatch):
 
 
 def test_off_gpu_it_says_so():
-    x, places = jnp.ones((8, 128), jnp.float32), jnp.zeros((8, 4), jnp.int32)
+    x = jnp.ones((8, 128), jnp.float32)
+
+    def routes(tokens, devices, rows):
+        return remote_exchange.Routes(jnp.zeros((tokens, devices), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.int32(0))
+
+    def send(*sizes):
+        over(4)(lambda x: remote_exchange.send(x, routes(*sizes), axis="expert"))(x)
+
     with pytest.raises(NotImplementedError, match=r"float32\[2, 128\] by remote references: it needs Hopper GPUs"):
-        over(4)(lambda x, places: remote_exchange.send(x, places, rows=4, axis="expert"))(x, places)
-    with pytest.raises(ValueError, match="places have 3 devices, axis 'expert' 4"):
-        over(4)(lambda x, places: remote_exchange.collect(x, places[:, :3], axis="expert"))(x, places)
-    with pytest.raises(ValueError, match=r"places \(T, S\) int32; got"):
-        over(4)(lambda x: remote_exchange.collect(x, x, axis="expert"))(x)
+        send(2, 4, 6)
+    with pytest.raises(ValueError, match=r"places \(T, 4\) along axis 'expert'; got \[2, 128\] and \[2, 3\]"):
+        send(2, 3, 6)
     with pytest.raises(ValueError, match="2 tokens and places 1"):
-        over(4)(lambda x, places: remote_exchange.send(x, places[:1], rows=4, axis="expert"))(x, places)
+        send(1, 4, 6)
+    with pytest.raises(ValueError, match="2 rows and source 6"):
+        over(4)(lambda x: remote_exchange.collect(x, routes(2, 4, 6), axis="expert"))(x)
     assert "bfloat16" in remote_exchange.why_not(jax.ShapeDtypeStruct((4, 128), jnp.int32))
     assert "multiples of 128" in remote_exchange.why_not(jax.ShapeDtypeStruct((4, 130), jnp.bfloat16))

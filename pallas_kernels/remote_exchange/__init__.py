@@ -1,10 +1,9 @@
 """Rows between the GPUs of one host by remote references alone: no collective library and no multicast.
 
-    routes(experts, …) -> Routes;  send(x, places) -> rows on their devices;  collect(rows, places) -> sums at home
+    routes(experts, …) -> Routes;  send(x, routes) -> rows on their devices;  collect(rows, routes) -> sums at home
 
-Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, E experts, R rows that a
-device has room for. places (T, S) i32: where a token's row stands on each device, R where it doesn't go there. A token
-with several experts on one device goes there once.
+Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, R rows that a device has
+room for. A token with several experts on one device goes there once.
 
 `send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient.
 """
@@ -26,9 +25,9 @@ __all__ = ["Routes", "arrivals", "collect", "routes", "send", "why_not"]
 class Routes:
     """What device `me` of S sends and what comes to it.
 
-    places (T, S) i32: of its own tokens on every device. source (R,) i32: the token, of the S·T of all devices, of each
-    row that comes; past the number that came, S·T and more, no number twice. overflow () i32: its tokens' choices that
-    found no room.
+    places (T, S) i32: the row of each of its tokens on every device, R where it has none. source (R,) i32: the token,
+    of the S·T of all devices, of each row that comes; past the number that came, S·T and more, no number twice.
+    overflow () i32: its tokens' choices that found no room.
     """
 
     places: jax.Array
@@ -62,26 +61,28 @@ def arrivals(going: jax.Array, rows: int) -> jax.Array:
     return jnp.where(going & (before < rows), before, rows)
 
 
-def send(x: jax.Array, places: jax.Array, *, rows: int, axis: str) -> jax.Array:
-    """x (T, D), places (T, S) i32 -> (R, D), R = rows: the rows that all devices sent here, in their places.
+def send(x: jax.Array, routes: Routes, *, axis: str) -> jax.Array:
+    """x (T, D) -> (R, D): the rows that all devices have for this one, `routes.source` of all tokens.
 
-    No two tokens of any device may have one place. Places that nothing is sent to are undefined: they hold what the
-    memory held. Differentiable in x. Raises NotImplementedError where `why_not` has a reason.
+    Rows past those are undefined: they hold what the memory held. Differentiable in x. Raises NotImplementedError where
+    `why_not` has a reason.
     """
-    if x.shape[:1] != places.shape[:1]:
-        raise ValueError(f"send: x has {x.shape[0]} tokens and places {places.shape[0]}; give both the same")
-    _check("send", x, places, axis)
-    return _send(rows, axis, *vary_alike(x, places))
+    if x.shape[:1] != routes.places.shape[:1]:
+        raise ValueError(f"send: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
+    _check("send", x, routes, axis)
+    return _send(axis, *vary_alike(x, routes))
 
 
-def collect(y: jax.Array, places: jax.Array, *, axis: str) -> jax.Array:
-    """y (R, D), places (T, S) i32 -> (T, D): Σ_s y of device s [places[:, s]], in float32 over s in order; y's dtype.
+def collect(y: jax.Array, routes: Routes, *, axis: str) -> jax.Array:
+    """y (R, D) -> (T, D): Σ_s y of device s [places[:, s]], in float32 over s in order, in y's dtype at the end.
 
-    Tokens that went nowhere come out zero. Differentiable in y; the gradient of a row that no token points to is
-    undefined, as `send`'s rows. Errors as `send`'s.
+    Tokens that went nowhere come out zero. Differentiable in y; the gradient of rows past those that came is undefined,
+    as `send`'s. Errors as `send`'s.
     """
-    _check("collect", y, places, axis)
-    return _collect(axis, *vary_alike(y, places))
+    if y.shape[:1] != routes.source.shape:
+        raise ValueError(f"collect: y has {y.shape[0]} rows and source {routes.source.shape[0]}; give both the same")
+    _check("collect", y, routes, axis)
+    return _collect(axis, *vary_alike(y, routes))
 
 
 def why_not(rows) -> str | None:
@@ -89,42 +90,34 @@ def why_not(rows) -> str | None:
     return mosaic_gpu.why_not(rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send(rows, axis, x, places):
-    return mosaic_gpu.send(x, places, rows, axis)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _send(axis, x, routes):
+    return mosaic_gpu.send(x, routes.source, axis)
 
 
 _send.defvjp(
-    lambda rows, axis, x, places: (mosaic_gpu.send(x, places, rows, axis), places),
-    lambda rows, axis, places, grad: (mosaic_gpu.collect(grad, places, axis), None),
+    lambda axis, x, routes: (mosaic_gpu.send(x, routes.source, axis), routes),
+    lambda axis, routes, grad: (mosaic_gpu.collect(grad, routes.places, axis), None),
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect(axis, y, places):
-    return mosaic_gpu.collect(y, places, axis)
+def _collect(axis, y, routes):
+    return mosaic_gpu.collect(y, routes.places, axis)
 
 
-def _collect_forward(axis, y, places):
-    return mosaic_gpu.collect(y, places, axis), (places, jnp.zeros((y.shape[0], 0), y.dtype))
+_collect.defvjp(
+    lambda axis, y, routes: (mosaic_gpu.collect(y, routes.places, axis), routes),
+    lambda axis, routes, grad: (mosaic_gpu.send(grad, routes.source, axis), None),
+)
 
 
-def _collect_backward(axis, residuals, grad):
-    places, kept = residuals
-    return mosaic_gpu.send(grad, places, kept.shape[0], axis), None
-
-
-_collect.defvjp(_collect_forward, _collect_backward)
-
-
-def _check(what, rows, places, axis) -> None:
-    if rows.ndim != 2 or places.ndim != 2 or places.dtype != jnp.int32:
+def _check(what, rows, routes, axis) -> None:
+    if rows.ndim != 2 or routes.places.shape[1] != jax.lax.axis_size(axis):
         raise ValueError(
-            f"{what}: needs rows or tokens (N, D) and places (T, S) int32; got {rows.dtype}{list(rows.shape)} and "
-            f"{places.dtype}{list(places.shape)}"
+            f"{what}: needs (N, D) and places (T, {jax.lax.axis_size(axis)}) along axis '{axis}'; got "
+            f"{list(rows.shape)} and {list(routes.places.shape)}"
         )
-    if places.shape[1] != jax.lax.axis_size(axis):
-        raise ValueError(f"{what}: places have {places.shape[1]} devices, axis '{axis}' {jax.lax.axis_size(axis)}")
     reason = why_not(rows)
     if reason is not None:
         raise NotImplementedError(f"{what}: can't move {rows.dtype}{list(rows.shape)} by remote references: {reason}")
