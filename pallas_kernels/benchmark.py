@@ -1,56 +1,73 @@
 """Times the grouped products at the named shapes beside a dense product of the same FLOPs and the peers.
 
-    python -m pallas_kernels.benchmark [--op forward,dlhs,drhs] [--shape olmoe,…|training|decode] [--sizes dirichlet]
-        [--implementation mosaic_gpu,xla] [--peer_python PATH] [--json FILE]
+    python -m pallas_kernels.benchmark [--op forward,dlhs,drhs,gated_ffn,…] [--shape olmoe,…|training|decode]
+        [--sizes dirichlet] [--implementation mosaic_gpu,xla] [--peer_python PATH] [--json FILE]
+
+--op: forward, dlhs and drhs of the products up and down; gated_ffn, combine and spread, and gated_ffn_both and
+combine_both, which are values and all gradients (`block_ops`).
 
 Medians of five rounds, in which every implementation of a case runs in turn (so that all see the same clocks), with the
 fastest and slowest round. Weights of a case are larger than the caches wherever GB/s matter: the last-level cache is
-flushed by the case itself. The group metadata is given, as a layer gives it to its six products.
+flushed by the case itself. The group metadata is given, as a layer gives it to its six products. A decode shape's
+product runs eight times, over other rows, in one program, as a model's layers do: launched from Python one by one,
+products of 100 µs leave gaps between them.
 """
 
 import argparse
 import concurrent.futures
 import functools
+import itertools
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import shapes
+from pallas_kernels import block_ops, shapes
 from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, pick
 from pallas_kernels.timing import rounds
 
 OPS = ("forward", "dlhs", "drhs")
+_AGAIN = 8  # times a decode shape's product runs in one program
 _PEER = Path(__file__).parent / "peers" / "torch_products.py"
 
 
 def cases(ops, names, kind) -> list[dict]:
-    """One for each shape, up and down."""
+    """One for each shape, up and down, and one for its operations of the whole block, if any is named."""
     known = shapes.TRAINING | shapes.DECODE
     groups = {"training": shapes.TRAINING, "decode": shapes.DECODE}
+    parts = [("up", OPS), ("down", OPS), ("block", block_ops.OPS)]
     out = []
     for name, shape in known.items():
         if not any(n == name or name in groups.get(n, ()) for n in names):
             continue
-        for part in ("up", "down"):
-            M, E, K, N = product = shape.product(part)
-            sizes = shapes.group_sizes(kind, M, E).tolist()
+        for part, its in parts:
+            chosen = [op for op in ops if op in its]
+            if not chosen:
+                continue
+            M, E, K, N = product = (
+                (shape.rows, shape.experts, shape.D, 3 * shape.F) if part == "block" else shape.product(part)
+            )
+            case = {"name": f"{name}/{part}", "ops": chosen, "product": product, "tokens": (shape.T, shape.K)}
             launches = int(np.clip(6e12 // (2.0 * M * K * N), 3, 20))
-            out.append({"name": f"{name}/{part}", "ops": ops, "product": product, "sizes": sizes, "launches": launches})
+            again = _AGAIN if name in shapes.DECODE and part != "block" else 1
+            sizes = shapes.group_sizes(kind, M, E).tolist()
+            out.append(case | {"sizes": sizes, "launches": launches, "again": again})
     return out
 
 
 def operands(case):
+    """`again` of lhs (M, K), rhs (E, K, N), `again` of grad (M, N), sizes and metadata."""
     M, E, K, N = case["product"]
-    keys = jax.random.split(jax.random.key(0), 3)
-    lhs = jax.random.normal(keys[0], (M, K), jnp.bfloat16)
-    rhs = jax.random.normal(keys[1], (E, K, N), jnp.bfloat16)
-    grad = jax.random.normal(keys[2], (M, N), jnp.bfloat16)
+    normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
+    first, second, third = jax.random.split(jax.random.key(0), 3)
+    lhs = tuple(normal(key, (M, K)) for key in jax.random.split(first, case["again"]))
+    grad = tuple(normal(key, (M, N)) for key in jax.random.split(third, case["again"]))
     sizes = jnp.asarray(case["sizes"], jnp.int32)
-    return lhs, rhs, grad, sizes, jax.jit(group_metadata, static_argnums=1)(sizes, M)
+    return lhs, normal(second, (E, K, N)), grad, sizes, jax.jit(group_metadata, static_argnums=1)(sizes, M)
 
 
 def product(op, implementation, lhs, rhs, grad, sizes, metadata):
@@ -64,16 +81,35 @@ def product(op, implementation, lhs, rhs, grad, sizes, metadata):
     return jax.vjp(forward, lhs, rhs)[1](grad)[OPS.index(op) - 1]
 
 
+def for_each(op, implementation, lhs, rhs, grad, *rest):
+    """The product of every lhs and grad, in one program."""
+    once = jax.jit(functools.partial(product, op, implementation))
+    return [once(rows, rhs, its, *rest) for rows, its in zip(lhs, grad, strict=True)]
+
+
+def dense(lhs, weights):
+    return [rows @ weights for rows in lhs]
+
+
 def bench(case, implementations) -> dict:
-    """(op, implementation) -> times; a dense product of the same FLOPs among them."""
-    args = operands(case)
-    lhs, rhs, *_ = args
-    functions = {(op, i): functools.partial(product, op, i) for op in case["ops"] for i in implementations}
+    """(op, implementation) -> times of one call; a dense product of the same FLOPs among them."""
+    one: Callable
+    if case["ops"][0] in block_ops.OPS:
+        one, args = block_ops.run, block_ops.operands(case)
+        rows, gate, up, down, *_ = args
+        plain = (rows,), jnp.concatenate([gate[0], up[0], down[0].T], axis=1)
+    else:
+        one, args = for_each, operands(case)
+        plain = args[0], args[1][0]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        jobs = {name: pool.submit(compiled, function, *args) for name, function in functions.items()}
-        runs = {("dense", "jax"): functools.partial(compiled(jnp.matmul, lhs, rhs[0]), lhs, rhs[0])}
+        jobs = {
+            (op, i): pool.submit(compiled, functools.partial(one, op, i), *args)
+            for op, i in itertools.product(case["ops"], implementations)
+        }
+        runs = {("dense", "jax"): functools.partial(compiled(dense, *plain), *plain)}
         runs |= {name: functools.partial(job.result(), *args) for name, job in jobs.items()}
-    return rounds(runs, launches=case["launches"])
+    times = rounds(runs, launches=case["launches"])
+    return {name: tuple(us / case["again"] for us in found) for name, found in times.items()}
 
 
 def compiled(function, *args):
@@ -93,29 +129,35 @@ def report(case, times) -> dict:
     """Rates of one case: TFLOP/s by the real rows, GB/s by weights of the experts that have rows, and rows."""
     M, _, K, N = case["product"]
     touched = int(np.count_nonzero(case["sizes"]))
-    flops, moved = 2.0 * M * K * N, 2.0 * (M * (K + N) + touched * K * N)
-    rates = [
-        {
-            "op": op,
-            "implementation": name,
-            "us": us,
-            "least": least,
-            "most": most,
-            "tflops": flops / us / 1e6,
-            "gbs": moved / us / 1e3,
-            "of_dense": times["dense", "jax"][0] / us,
-        }
-        for (op, name), (us, least, most) in times.items()
-    ]
+    one = 2.0 * M * K * N, 2.0 * (M * (K + N) + touched * K * N)
+    rates = []
+    for (op, name), (us, least, most) in times.items():
+        flops, moved = block_ops.work(op, case) if op in block_ops.OPS else one
+        rates.append(
+            {
+                "op": op,
+                "implementation": name,
+                "us": us,
+                "least": least,
+                "most": most,
+                "tflops": flops / us / 1e6,
+                "gbs": moved / us / 1e3,
+                "of_dense": flops / one[0] * times["dense", "jax"][0] / us,
+            }
+        )
     tiles = sum(-(-size // 128) for size in case["sizes"])
-    return {**case, "real_rows": M / (128 * max(tiles, 1)), "megabytes": moved / 1e6, "rates": rates}
+    return {**case, "real_rows": M / (128 * max(tiles, 1)), "megabytes": one[1] / 1e6, "rates": rates}
 
 
 def show(result) -> None:
     decode = result["product"][0] < 4096
     rates = " | ".join(
         f"{row['op']} {row['implementation']} {row['us']:.0f} us [{row['least']:.0f}, {row['most']:.0f}] "
-        + (f"{row['gbs']:.0f} GB/s" if decode else f"{row['tflops']:.0f} TFLOP/s {row['of_dense']:.3f}")
+        + (
+            f"{row['gbs']:.0f} GB/s"
+            if decode or not row["tflops"]
+            else f"{row['tflops']:.0f} TFLOP/s {row['of_dense']:.3f}"
+        )
         for row in result["rates"]
     )
     note = f"{result['megabytes']:.0f} MB" if decode else f"real rows {result['real_rows']:.3f}"

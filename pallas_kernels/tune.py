@@ -42,7 +42,8 @@ def product(op, tiles, lhs, rhs, grad, sizes, metadata):
 
 def tune(case, op) -> dict[Tiling, float]:
     """Median microseconds of each candidate."""
-    args = benchmark.operands(case)
+    (lhs,), rhs, (grad,), *rest = benchmark.operands(case | {"again": 1})
+    args = lhs, rhs, grad, *rest
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = {t: pool.submit(benchmark.compiled, functools.partial(product, op, t), *args) for t in candidates()}
         runs = {t: functools.partial(job.result(), *args) for t, job in compiled.items()}

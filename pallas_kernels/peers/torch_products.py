@@ -24,22 +24,68 @@ def microseconds(function, launches):
     return statistics.median(times), min(times), max(times)
 
 
+def gated_ffn(rows, gate, up, down, ends):
+    hidden = torch.nn.functional.silu(torch._grouped_mm(rows, gate, offs=ends)) * torch._grouped_mm(rows, up, offs=ends)
+    return torch._grouped_mm(hidden, down, offs=ends)
+
+
+def combine(rows, slot, weight):
+    """rows (M, D), slot (T, K), M where a choice has no row; weight (M,) float32."""
+    here = slot < len(rows)
+    slot = slot.clamp(max=len(rows) - 1)
+    return torch.einsum("tkd,tk->td", rows[slot], (weight[slot] * here).to(rows.dtype))
+
+
+def spread(tokens, slot, num_rows):
+    token = torch.zeros(num_rows + 1, dtype=torch.long, device=slot.device)
+    token[slot.flatten()] = torch.arange(len(slot), device=slot.device).repeat_interleave(slot.shape[1])
+    return tokens[token[:num_rows]]
+
+
+def both(function, grad, *args):
+    """The value and the gradients of args."""
+    leaves = [a.detach().requires_grad_() for a in args]
+    out = function(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+def products(case, normal, ends):
+    M, E, K, N = case["product"]
+    lhs, rhs, grad = normal(M, K), normal(E, K, N) * 0.02, normal(M, N)
+    return {
+        "dense": functools.partial(torch.matmul, lhs, rhs[0]),
+        "forward": functools.partial(torch._grouped_mm, lhs, rhs, offs=ends),
+        "dlhs": functools.partial(torch._grouped_mm, grad, rhs.transpose(1, 2), offs=ends),
+        "drhs": functools.partial(torch._grouped_mm, lhs.t(), grad, offs=ends),
+    }
+
+
+def block(case, normal, ends):
+    (M, E, D, wide), (T, K) = case["product"], case["tokens"]
+    F = wide // 3
+    rows, grad, tokens, plain = normal(M, D), normal(M, D), normal(T, D), normal(D, wide)
+    weights = normal(E, D, F) * D**-0.5, normal(E, D, F) * D**-0.5, normal(E, F, D) * F**-0.5
+    slot = torch.randperm(T * K, device="cuda").clamp(max=M).reshape(T, K)
+    weight = torch.rand(M, device="cuda")
+    experts, moved = functools.partial(gated_ffn, ends=ends), lambda rows, weight: combine(rows, slot, weight)
+    return {
+        "dense": functools.partial(torch.matmul, rows, plain),
+        "gated_ffn": functools.partial(experts, rows, *weights),
+        "gated_ffn_both": functools.partial(both, experts, grad, rows, *weights),
+        "combine": functools.partial(moved, rows, weight),
+        "combine_both": functools.partial(both, moved, tokens, rows, weight),
+        "spread": functools.partial(spread, tokens, slot, M),
+    }
+
+
 def main():
+    normal = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     for case in json.load(sys.stdin):
-        (M, E, K, N), sizes = case["product"], case["sizes"]
-        ends = torch.tensor(sizes, device="cuda").cumsum(0).to(torch.int32)
-        lhs = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
-        rhs = torch.randn(E, K, N, device="cuda", dtype=torch.bfloat16) * 0.02
-        grad = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
-        run = {
-            "dense": functools.partial(torch.matmul, lhs, rhs[0]),
-            "forward": functools.partial(torch._grouped_mm, lhs, rhs, offs=ends),
-            "dlhs": functools.partial(torch._grouped_mm, grad, rhs.transpose(1, 2), offs=ends),
-            "drhs": functools.partial(torch._grouped_mm, lhs.t(), grad, offs=ends),
-        }
+        ends = torch.tensor(case["sizes"], device="cuda").cumsum(0).to(torch.int32)
+        run = (block if case["name"].endswith("/block") else products)(case, normal, ends)
         times = {op: microseconds(run[op], case["launches"]) for op in ("dense", *case["ops"])}
         print(json.dumps(times), flush=True)
-        del lhs, rhs, grad, run
+        del run
 
 
 if __name__ == "__main__":

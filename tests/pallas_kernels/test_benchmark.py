@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import benchmark, shapes
+from pallas_kernels import benchmark, block_ops, shapes
 from pallas_kernels.timing import rounds
 
 
@@ -63,11 +63,48 @@ def test_report_by_hand():
     assert ours["of_dense"] == 0.5
 
 
-def test_bench_runs_every_op():
-    case = {"name": "x", "ops": list(benchmark.OPS), "product": (64, 2, 16, 16), "sizes": [40, 24], "launches": 1}
-    times = benchmark.bench(case, ["blocks"])
-    assert set(times) == {("dense", "jax"), *((op, "blocks") for op in benchmark.OPS)}
+@pytest.mark.parametrize(
+    "ops, product, again", [(benchmark.OPS, (64, 2, 16, 16), 2), (block_ops.OPS, (16, 2, 8, 24), 1)]
+)
+def test_bench_runs_every_op(ops, product, again):
+    M = product[0]
+    case = {"name": "x", "ops": list(ops), "product": product, "sizes": [M - 6, 6], "launches": 1, "again": again}
+    times = benchmark.bench(case | {"tokens": (16, 2)}, ["blocks"])
+    assert set(times) == {("dense", "jax"), *((op, "blocks") for op in ops)}
     assert all(0 < least <= us <= most for us, least, most in times.values())
+
+
+def test_a_block_of_each_shape_by_hand():
+    (case,) = benchmark.cases(["combine", "gated_ffn"], ["deepseek-v3-ep8"], "uniform")
+    # an eighth of 16384 · 8 choices; gate, up and down are as one product of 3 · 2048 columns
+    assert (case["name"], case["product"], case["tokens"]) == (
+        "deepseek-v3-ep8/block",
+        (16384, 32, 7168, 6144),
+        (16384, 8),
+    )
+    up, down, block = benchmark.cases(["forward", "spread"], ["olmoe-1b-7b-decode-8"], "uniform")
+    assert [c["ops"] for c in (up, down, block)] == [["forward"], ["forward"], ["spread"]]
+    assert [c["again"] for c in (up, down, block)] == [8, 8, 1]
+
+
+def test_slots_are_sorted_by_group():
+    """6 of 8 choices are here: 4 and 2 of two groups, whose rows are in the order of tokens; the others say 6."""
+    slot = block_ops.slots({"product": (6, 2, 8, 24), "tokens": (4, 2), "sizes": [4, 2]})
+    assert sorted(slot.ravel()) == [0, 1, 2, 3, 4, 5, 6, 6]
+    here = [int(row) for row in slot.ravel() if row < 6]
+    assert [row for row in here if row < 4] == [0, 1, 2, 3]
+    assert [row for row in here if row >= 4] == [4, 5]
+
+
+def test_work_by_hand():
+    # 6 rows, one of two groups has them all, D = 8, F = 4 (12 columns), 4 tokens
+    case = {"product": (6, 2, 8, 12), "tokens": (4, 2), "sizes": [6, 0]}
+    rows, tokens, weights = 2 * 6 * 8, 2 * 4 * 8, 2 * 8 * 12
+    assert block_ops.work("gated_ffn", case) == (2 * 6 * 8 * 12, 2 * rows + weights)
+    assert block_ops.work("gated_ffn_both", case) == (3 * 2 * 6 * 8 * 12, 4 * rows + 2 * weights)
+    assert block_ops.work("combine", case) == block_ops.work("spread", case) == (0, rows + tokens)
+    # rows, tokens; then rows and the gradient of tokens, and the gradient of rows
+    assert block_ops.work("combine_both", case) == (0, 3 * rows + 2 * tokens)
 
 
 def test_an_unknown_shape_is_named(monkeypatch, capsys):

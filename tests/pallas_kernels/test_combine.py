@@ -1,6 +1,10 @@
 """Rows to tokens and back: the plain implementation by hand, the kernels interpreted against it, and on a GPU."""
 
 import functools
+import json
+import os
+import subprocess
+from pathlib import Path
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -148,3 +152,27 @@ def test_on_a_gpu(D, left_out):
     for _ in range(2):
         again = everything(*args, "mosaic_gpu")
         assert all((a == b).all() for a, b in zip(got, again, strict=True))
+
+
+PEER = os.environ.get("PEER_PYTHON")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not PEER, reason="needs PEER_PYTHON, an environment's python that has torch")
+def test_error_beside_torch(tmp_path):
+    """Against float64: the value's and both gradients' error is at most 1.5 times torch's."""
+    rows, slot, weight, grad = operands(500, 8, 768, jnp.bfloat16)
+    given = {"rows": rows.astype(jnp.float32), "slot": slot, "weight": weight, "grad": grad.astype(jnp.float32)}
+    given = {name: np.asarray(a) for name, a in given.items()}
+    r, w, g = (np.asarray(given[name], np.float64) for name in ("rows", "weight", "grad"))
+    token = np.empty(4000, np.int64)
+    token[given["slot"].ravel()] = np.repeat(np.arange(500), 8)
+    want = np.einsum("tkd,tk->td", r[given["slot"]], w[given["slot"]]), w[:, None] * g[token], np.sum(r * g[token], 1)
+    np.savez(tmp_path / "case.npz", **given, **{f"want_{i}": right for i, right in enumerate(want)})
+    script = Path(mosaic_gpu.__file__).parents[1] / "peers" / "torch_errors.py"
+    done = subprocess.run([PEER, script, "combine", tmp_path / "case.npz"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    out, pull = jax.vjp(lambda r, w: combine(r, slot, w), rows, weight)
+    for ours, right, bound in zip((out, *pull(grad)), want, json.loads(done.stdout), strict=True):
+        ours = np.asarray(ours.astype(jnp.float32), np.float64)
+        assert np.linalg.norm(ours - right) <= 1.5 * bound * np.linalg.norm(right)

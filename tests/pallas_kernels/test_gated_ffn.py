@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+from pathlib import Path
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -197,3 +201,30 @@ def test_on_a_gpu(M, E, D, F, activation):
         for _ in range(2):
             again = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu")
             assert all((a == b).all() for a, b in zip(got, again, strict=True))
+
+
+PEER = os.environ.get("PEER_PYTHON")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not PEER, reason="needs PEER_PYTHON, an environment's python that has torch")
+def test_error_beside_torch(tmp_path):
+    """Against float64: the value's and each gradient's error is at most 1.5 times torch's."""
+    sizes = np.array([700, 0, 1000, 348], np.int32)
+    names = ("rows", "gate", "up", "down", "grad")
+    args = operands(sizes, 2048, 512, 384)
+    want = exact(*args, sizes, "silu")
+    given = {name: np.asarray(a.astype(jnp.float32)) for name, a in zip(names, args, strict=True)}
+    theirs = peer_errors("gated_ffn", tmp_path / "case.npz", given | {"sizes": sizes}, want)
+    got = value_and_gradients(*args, jnp.asarray(sizes), "silu", None)
+    for ours, right, bound in zip(got, want, theirs, strict=True):
+        ours = np.asarray(ours.astype(jnp.float32), np.float64)
+        assert np.linalg.norm(ours - right) <= 1.5 * bound * np.linalg.norm(right)
+
+
+def peer_errors(what, file, given, want):
+    np.savez(file, **given, **{f"want_{i}": right for i, right in enumerate(want)})
+    script = Path(mosaic_gpu.__file__).parents[1] / "peers" / "torch_errors.py"
+    done = subprocess.run([PEER, script, what, file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    return json.loads(done.stdout)
