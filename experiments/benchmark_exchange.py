@@ -69,11 +69,14 @@ def equal_copy(x, S: int):
     T, D = x.shape
     piece, stages, tile, blocks = T // S, 4, (64, 256), 132
 
+    def at(device):
+        return {AXIS: device}
+
     def body(x, out, ring, arrived):
         me, done = lax.axis_index(AXIS), pl.get_global(plgpu.SemaphoreType.REGULAR)
         for turn in range(S):
             peer = lax.rem(me + jnp.int32(turn), jnp.int32(S))
-            there = plgpu.remote_ref(out, {AXIS: peer})
+            there = plgpu.remote_ref(out, at(peer))
 
             @plgpu.nd_loop((piece // tile[0], D // tile[1]), collective_axes="block")
             def _(info, peer=peer, there=there):
@@ -85,8 +88,8 @@ def equal_copy(x, S: int):
                 plgpu.copy_smem_to_gmem(ring.at[slot], there.at[pl.ds(me * piece + row, tile[0]), columns])
 
             plgpu.wait_smem_to_gmem(0)
-        for peer in range(S):
-            pl.semaphore_signal(done, device_id={AXIS: jnp.int32(peer)})
+        for device in range(S):
+            pl.semaphore_signal(done, device_id=at(jnp.int32(device)))
         pl.semaphore_wait(done, value=S * blocks, decrement=False)
 
     kernel = plgpu.kernel(

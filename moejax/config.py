@@ -49,7 +49,8 @@ class MoEConfig:
     implementation: str | None = None  # of the grouped matmul; None: the fastest that runs here
     exchange: str | None = None  # how rows reach experts on other devices (mesh.expert > 1); None: gather
     exchange_factor: float | None = None  # all_to_all: rows from a device to another = ceil(factor · T_device · K / S),
-    # more is left out and counted (overflow_fraction); None: as many as there can be
+    # remote: tokens that come to a device = ceil(factor · T_device · K); more is left out and counted
+    # (overflow_fraction); None: as many as there can be
 
 
 @dataclasses.dataclass(frozen=True)
