@@ -4,6 +4,8 @@ import functools
 
 import emulated_remote
 import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import remote_exchange
+from pallas_kernels.grouped_matmul import mosaic_gpu as products
+from pallas_kernels.remote_exchange import mosaic_gpu
 
 
 def test_rows_go_once_to_each_device_in_the_order_of_tokens():
@@ -38,7 +42,7 @@ def all_routes(devices: int, rows: int):
     return jax.jit(jax.vmap(find, in_axes=(None, 0)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_what_is_sent_is_what_comes(data):
     """For any choices: every wanted pair of token and device has its own place, in order and without gaps, and the
@@ -105,6 +109,77 @@ def test_sums_come_back_and_each_way_is_the_others_gradient(monkeypatch):
     np.testing.assert_allclose(home, sums, atol=1e-6)
     np.testing.assert_array_equal(back, home)
     np.testing.assert_array_equal(again, came)
+
+
+def operands(devices: int, tokens: int, width: int, rows: int, dtype):
+    """x, y and everyone's choices of 2 of 2 experts a device, some none, split over the devices."""
+    rng = np.random.default_rng(0)
+    experts = jnp.asarray(rng.integers(0, 2 * devices + 2, (devices * tokens, 2)), jnp.int32)
+    x, y = (jnp.asarray(rng.normal(size=(devices * n, width)), dtype) for n in (tokens, rows))
+    return x, y, experts
+
+
+def there_and_back(x, y, experts):
+    """What comes, what of it is real, and sums at home."""
+    devices, rows = jax.lax.axis_size("expert"), y.shape[0]
+    everyone = jax.lax.all_gather(experts, "expert", tiled=True)
+    routes = remote_exchange.routes(everyone, jax.lax.axis_index("expert"), mine=2, devices=devices, rows=rows)
+    came = remote_exchange.send(x, routes, axis="expert")
+    real = (routes.source < everyone.shape[0])[:, None]
+    return jnp.where(real, came, 0), real, remote_exchange.collect(y, routes, axis="expert")
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(128, jnp.float32), (384, jnp.bfloat16)])
+def test_pieces_of_rows_in_the_interpreter(width, dtype, monkeypatch):
+    """It knows no remote references and no semaphores: here every device's memory is its own. Three blocks and two or
+    more pieces a row, so that blocks take several pieces of several rows."""
+    monkeypatch.setattr(mosaic_gpu, "BLOCKS", 3)
+    monkeypatch.setattr(mosaic_gpu, "_WIDEST", 256)
+    monkeypatch.setattr(plgpu, "remote_ref", lambda ref, device: ref)
+    for name, put in {"get_global": lambda what: None, "semaphore_signal": None, "semaphore_wait": None}.items():
+        monkeypatch.setattr(pl, name, put or (lambda *_, **__: None))
+    x, y, _ = operands(1, 5, width, 7, dtype)
+    # rows 3, 0, 4, 1 of two devices of 5 tokens, and three that are none
+    source = jnp.array([3, 5, 9, 1, 12, 13, 14], jnp.int32)
+    places = jnp.array([[0, 6], [7, 7], [2, 7], [7, 3], [1, 1]], jnp.int32)
+
+    def both(x, y, source, places):
+        return mosaic_gpu.send(x, source, "expert"), mosaic_gpu.collect(y, places, "expert")
+
+    mesh = jax.make_mesh((2,), ("expert",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    run = jax.shard_map(both, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)  # alike on both
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        came, home = jax.block_until_ready(jax.jit(run)(x, y, source, places))
+    np.testing.assert_array_equal(came[:4], x[jnp.array([3, 0, 4, 1])])
+    y = np.asarray(y.astype(jnp.float32))
+    wanted = jnp.asarray(np.stack([y[0] + y[6], 0 * y[0], y[2], y[3], y[1] + y[1]])).astype(dtype)
+    np.testing.assert_array_equal(home, wanted)
+
+
+def test_the_kernels_lower_and_use_no_multicast(monkeypatch):
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+    x, y, experts = operands(4, 64, 256, 128, jnp.bfloat16)
+    text = over(4)(there_and_back).trace(x, y, experts).lower(lowering_platforms=("cuda",)).as_text()
+    assert "send_rows" in text and "collect_rows" in text
+    assert text.count("uses_xla_collective_metadata = true") == 2  # peers' addresses, from the runtime
+    # what Mosaic asks of the runtime for a multicast address
+    assert "symmetric_memory_parameters" not in text and "multimem" not in text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("jax.default_backend() != 'gpu' or len(jax.devices()) < 2")
+@pytest.mark.parametrize(("tokens", "width", "rows"), [(500, 128, 900), (300, 2048, 100), (1, 7168, 4)])
+def test_on_the_gpus_of_a_host(tokens, width, rows, monkeypatch):
+    """Bit for bit what the collectives bring, three times."""
+    devices = len(jax.devices())
+    args = operands(devices, tokens, width, rows, jnp.bfloat16)
+    got = over(devices)(there_and_back)(*args)
+    for _ in range(2):
+        again = over(devices)(there_and_back)(*args)
+        assert all((a == b).all() for a, b in zip(got, again, strict=True))
+    emulated_remote.install(monkeypatch)
+    wanted = over(devices)(there_and_back)(*args)
+    assert all((a == b).all() for a, b in zip(got, wanted, strict=True))
 
 
 def test_off_gpu_it_says_so():
