@@ -69,7 +69,8 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
         )
     _above_zero("model.moe", moe, "capacity_factor", "eval_capacity_factor")
     _one_of("model.moe.implementation", moe.implementation, grouped_matmul.IMPLEMENTATIONS)
-    exchange.pick(moe.exchange)
+    if moe.exchange is not None:
+        exchange.pick(moe.exchange)
     _above_zero("model.moe", moe, "exchange_factor")
     if moe.exchange_factor is not None and moe.exchange in (None, "gather"):
         raise UserError(

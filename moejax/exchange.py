@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moejax import dispatch
+from moejax import dispatch, sharding
 from moejax.errors import UserError
 from moejax.routing import ExpertChoice, Routing
 from moejax.routing_select import rank_in_expert
@@ -31,14 +31,15 @@ AXIS = "expert"
 NAMES = ("gather", "all_to_all", "ragged", "remote")
 
 
-def pick(name: str | None) -> str:
+def pick(name: str | None, token_choice: bool = True) -> str:
     """The exchange that runs for `model.moe.exchange` = name; UserError for one that doesn't exist.
 
-    None is gather on every platform.
+    None is ragged on TPU, where tokens choose experts, and else gather: both without a bound, so nothing is dropped.
     """
     if name is None:
-        _say_pick(jax.default_backend())
-        return "gather"
+        platform = sharding.platform()
+        name = "ragged" if platform == "tpu" and token_choice else "gather"
+        _say_pick(name, platform)
     if name not in NAMES:
         raise UserError(
             f"config.model.moe.exchange={name!r} does not exist; there is {', '.join(NAMES)}: choose it or leave it out"
@@ -47,8 +48,8 @@ def pick(name: str | None) -> str:
 
 
 @functools.cache
-def _say_pick(platform: str) -> None:
-    logging.getLogger(__name__).info("exchange of expert rows: gather, picked on %s", platform)
+def _say_pick(name: str, platform: str) -> None:
+    logging.getLogger(__name__).info("exchange of expert rows: %s, picked on %s", name, platform)
 
 
 def check_experts(num_experts: int, devices: int) -> None:

@@ -6,6 +6,7 @@ come to them (`exchange`); on one with a tensor axis it keeps a part of their hi
 tokens stay outside, so they are global.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -50,7 +51,7 @@ def mixture_and_overflow(
         return run(x, decision, weights)
     if exchange.AXIS in axes:
         exchange.check_experts(num_experts, jax.sharding.get_abstract_mesh().shape[exchange.AXIS])
-        way = exchange.pick(way)
+        way = exchange.pick(way, isinstance(decision, routing.Routing))
         if way != "gather" and not isinstance(decision, routing.Routing):
             raise UserError(f"config.model.moe.exchange={way!r} can't move rows of expert choice: give 'gather'")
         if way == "remote":
@@ -58,36 +59,51 @@ def mixture_and_overflow(
         if way == "ragged":
             ragged.check_platform()
         run = functools.partial(run, way=way, factor=factor)
-    experts_on = exchange.AXIS if exchange.AXIS in axes else None
-    hidden_on = "tensor" if sharding.splits("tensor") else None
-    run = functools.partial(run, copied=tuple(axis for axis in axes if axis != experts_on), hidden_on=hidden_on)
-    into, out = PartitionSpec(experts_on, None, hidden_on), PartitionSpec(experts_on, hidden_on)
-    rows, held = PartitionSpec(axes or None), {"gate": into, "up": into, "down": out}
+    run = functools.partial(run, layout=layout_here())
+    rows = PartitionSpec(axes or None)
+    held = {name: weight_spec(name) for name in weights}
     run = sharding.on_each_device(run, in_specs=(rows, rows, held), out_specs=(rows, rows))
     y, overflow = run(x, decision, weights)
     return y, overflow if overflow is None else jnp.sum(overflow, dtype=jnp.int32)
 
 
-_STATIC = ("num_experts", "implementation", "way", "factor", "copied", "hidden_on")
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How experts lie over the mesh in use: `copied` along these axes; split along `width_on` by model width, which
+    each use gathers; along `hidden_on` by hidden width, where each device's results are terms of a sum."""
+
+    copied: tuple[str, ...] = ()
+    width_on: str | None = None
+    hidden_on: str | None = None
+
+
+def layout_here() -> Layout:
+    data, width_on, hidden_on = (axis if sharding.splits(axis) else None for axis in ("data", "fsdp", "tensor"))
+    return Layout((data,) if data else (), width_on, hidden_on)
+
+
+def weight_spec(name: str) -> PartitionSpec:
+    """Of gate and up (E, D, F) and down (E, F, D), along axes of more than one device."""
+    layout, experts_on = layout_here(), exchange.AXIS if sharding.splits(exchange.AXIS) else None
+    widths = (layout.width_on, layout.hidden_on)
+    return PartitionSpec(experts_on, *(widths[::-1] if name == "down" else widths))
+
+
+_STATIC = ("num_experts", "implementation", "way", "factor", "layout")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)  # traced and lowered once, not in each of a model's layers
-def _mixture(x, decision, weights, *, num_experts, implementation, way=None, factor=None, copied=(), hidden_on=None):
-    """One device's part, where weights are the same along the mesh axes `copied`; overflow (1,) i32 or None.
-
-    Along mesh axis `hidden_on` each device has F/n of each expert's hidden width: its results are terms of a sum.
-    """
+def _mixture(x, decision, weights, *, num_experts, implementation, way=None, factor=None, layout=Layout()):
+    """One device's part of x, decision and weights, the latter as `layout` says; overflow (1,) i32 or None."""
 
     def run(x, decision, weights):
-        if hidden_on:
-            y, overflow = parts(lax.pcast(x, hidden_on, to="varying"), decision, weights)
-            return lax.psum(y, hidden_on), overflow
+        if layout.hidden_on:
+            y, overflow = parts(lax.pcast(x, layout.hidden_on, to="varying"), decision, weights)
+            return lax.psum(y, layout.hidden_on), overflow
         return parts(x, decision, weights)
 
     def parts(x, decision, weights):
-        # Replicated going in, different on each device coming back: the cast's transpose is the sum over devices.
-        if copied:
-            weights = jax.tree.map(lambda w: lax.pcast(w, copied, to="varying"), weights)
+        weights = {name: whole(name, weight) for name, weight in weights.items()}
         if way == "gather":
             return _by_gather(x, decision, weights, implementation), None
         if way == "all_to_all":
@@ -98,11 +114,23 @@ def _mixture(x, decision, weights, *, num_experts, implementation, way=None, fac
             return _by_remote(x, decision, weights, num_experts, implementation, factor)
         return _local(x, decision, weights, num_experts, implementation), None
 
-    if copied:
-        # What the cast gives would be kept for the backward pass: the experts of all layers, whole, on every device.
-        # Cast again there, FSDP gathers them again. This must stay inside of jit, whose own inputs aren't kept twice.
-        run = jax.checkpoint(run, prevent_cse=False, policy=lambda primitive, *_, **__: primitive.name != "pvary")
+    def whole(name, weight):
+        # Gradients: the gather's is a sum that leaves each device its part; the cast's, from replicated to different
+        # on each device, is the sum over devices.
+        if layout.width_on:
+            weight = lax.all_gather(weight, layout.width_on, axis=2 if name == "down" else 1, tiled=True)
+        return lax.pcast(weight, layout.copied, to="varying") if layout.copied else weight
+
+    if layout.copied or layout.width_on:
+        # Else whole weights would be kept for the backward pass: the experts of all layers, on every device. There they
+        # are gathered again. This must stay inside of jit, whose own inputs aren't kept twice.
+        run = jax.checkpoint(run, prevent_cse=False, policy=functools.partial(_keep, layout))
     return run(x, decision, weights)
+
+
+def _keep(layout, primitive, *_, **parameters) -> bool:
+    of_weights = layout.width_on in jax.tree.leaves(parameters.get("axis_name"))
+    return primitive.name != "pvary" and not (primitive.name == "all_gather" and of_weights)
 
 
 def _local(x, decision, weights, num_experts, implementation):

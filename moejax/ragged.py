@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moejax import sharding
 from moejax.errors import UserError
 
 
@@ -90,9 +91,7 @@ def rows_received(factor: float | None, tokens: int, experts_per_token: int, min
 
 def check_platform() -> None:
     """UserError where XLA has no ragged_all_to_all."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device else jax.default_backend()
-    if platform == "cpu":
+    if sharding.platform() == "cpu":
         raise UserError(
             "config.model.moe.exchange='ragged' is XLA's ragged_all_to_all, which cpu doesn't have: "
             "give 'gather' or 'all_to_all', or leave it out"

@@ -153,6 +153,12 @@ def splits(axis: str) -> bool:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1
 
 
+def platform() -> str:
+    """Of the mesh in use where it tells, which may be of devices that aren't here; else of this machine's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def on_each_device(function: Callable, in_specs, out_specs, check_vma: bool = True) -> Callable:
     """`function` of each device's part of its arguments, by shard_map; itself on one device or without a mesh.
 

@@ -192,7 +192,7 @@ def test_what_cannot_be_meant_is_one_line():
     with pytest.raises(UserError, match="8 experts can't be shared evenly by the 3 devices"):
         exchange.check_experts(8, 3)
     moe = dataclasses.replace(small.ROUTERS["top_k"], exchange="telepathy")
-    with pytest.raises(UserError, match=r"moe\.exchange='telepathy' does not exist; there is gather, all_to_all, rem"):
+    with pytest.raises(UserError, match=r"moe\.exchange='telepathy' does not exist; there is gather, all_to_all, rag"):
         config_checks.check_moe(moe)
     with pytest.raises(UserError, match=r"moe\.exchange_factor=2\.0 does nothing with exchange=None"):
         config_checks.check_moe(dataclasses.replace(small.ROUTERS["top_k"], exchange_factor=2.0))
