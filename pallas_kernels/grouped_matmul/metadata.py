@@ -25,8 +25,9 @@ class GroupMetadata:
 def group_metadata(group_sizes: jax.Array, M: int) -> GroupMetadata:
     """Metadata of group_sizes (E,) i32 over M rows, for every `grouped_matmul` that shares them.
 
-    Outside jit, sizes that are negative or sum to more than M raise a ValueError. Under jit nothing is checked: a check
-    is an effect, and a layer that is scanned (flax's scan) may have none.
+    Outside jit, and under `jax.disable_jit()` everywhere, sizes that are negative or sum to more than M raise a
+    ValueError. Under jit nothing is checked: even checkify's debug_check is a use of the sizes that flax's scan takes
+    for a dependency of what it broadcasts.
     """
     if not isinstance(group_sizes, jax.core.Tracer):
         check_sizes(group_sizes, M)

@@ -238,3 +238,19 @@ def test_bad_operands(change, message):
     with pytest.raises(ValueError, match=message) as error:
         grouped_matmul(*change(lhs, rhs, jnp.array([3, 5], jnp.int32)))
     assert "\n" not in str(error.value)
+
+
+def test_sizes_inside_jit_are_checked_where_jit_is_disabled():
+    """`jax.disable_jit` is the switch for looking: here in a scanned and rematerialised layer."""
+    lhs, rhs, _ = operands(8, 2, 4, 4)
+
+    @jax.jit
+    def run(sizes):
+        layer = jax.checkpoint(lambda x, _: (grouped_matmul(x, rhs, sizes, implementation="reference"), None))
+        return jax.lax.scan(layer, lhs, None, length=2)[0]
+
+    run(jnp.array([3, 6], jnp.int32))
+    with jax.disable_jit():
+        run(jnp.array([3, 5], jnp.int32))
+        with pytest.raises(ValueError, match=r"sum to more than the 8 rows of lhs; got \[3, 6\]"):
+            run(jnp.array([3, 6], jnp.int32))
