@@ -8,6 +8,7 @@ tokens stay outside, so they are global.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ def mixture_and_overflow(
     implementation: str | None = None,
     way: str | None = None,
     factor: float | None = None,
+    apply: Callable | None = None,
+    gates_first: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Σ_k weight · expert(x) for x (B, L, D) and a decision with leading axis B; (B, L, D) in x's dtype.
 
@@ -40,11 +43,16 @@ def mixture_and_overflow(
     row; one leading group that spans the batch, (1, E, C), runs without shard_map. `weights`: gate, up (E, D, F) and
     down (E, F, D). `way` names the exchange (`model.moe.exchange`) and `factor` bounds its pieces
     (`exchange.rows_per_pair`). The second value is the number of choices, () i32 over all devices, that found no room
-    in them and are missing from the result; None where nothing is exchanged. Raises UserError where E does not divide
-    over the expert axis, for a bound below one row, for expert choice by another way than gather, for remote off the
-    GPUs of one host, and for ragged on CPU.
+    in them and are missing from the result; None where nothing is exchanged.
+
+    `apply(rows (R, D), weights, group_sizes)` -> (R, D), one function for all layers, takes the place of
+    `experts.gated_ffn`. It may use further weights gate_bias, up_bias (E, F) and down_bias (E, D), and must be linear
+    in down and down_bias. gates_first: gates multiply what goes into experts, not what comes out.
+
+    Raises UserError where E does not divide over the expert axis, for a bound below one row, for expert choice by
+    another way than gather, for remote off the GPUs of one host, and for ragged on CPU.
     """
-    run = functools.partial(_mixture, num_experts=num_experts, implementation=implementation)
+    run = functools.partial(_mixture, num_experts=num_experts, work=Work(implementation, apply, gates_first))
     axes = sharding.batch_axes()
     groups = jax.tree.leaves(decision)[0].shape[0]
     if groups != x.shape[0]:
@@ -67,6 +75,44 @@ def mixture_and_overflow(
     return y, overflow if overflow is None else jnp.sum(overflow, dtype=jnp.int32)
 
 
+WEIGHTS = {
+    "gate": ("experts", "embed", "expert_mlp"),
+    "up": ("experts", "embed", "expert_mlp"),
+    "down": ("experts", "expert_mlp", "embed"),
+    "gate_bias": ("experts", "expert_mlp"),
+    "up_bias": ("experts", "expert_mlp"),
+    "down_bias": ("experts", "embed"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What experts do with rows: arguments of `mixture_and_overflow`."""
+
+    implementation: str | None = None
+    apply: Callable | None = None
+    gates_first: bool = False
+
+    def experts(self, rows, weights, group_sizes):
+        """(R, D) sorted by expert -> (R, D)."""
+        with jax.named_scope("experts"):
+            if self.apply is not None:
+                return self.apply(rows, weights, group_sizes)
+            gate, up, down = (weights[name] for name in ("gate", "up", "down"))
+            return experts.gated_ffn(rows, gate, up, down, group_sizes, implementation=self.implementation)
+
+    def rows(self, tokens, plan):
+        """(T, D) -> (R, D), times their gates where these come first."""
+        rows = dispatch.gather(tokens, plan)
+        return rows * plan.weight[:, None].astype(rows.dtype) if self.gates_first else rows
+
+    def sums(self, rows, plan, num_tokens):
+        """(R, D) -> (T, D), times their gates where these didn't come first."""
+        if self.gates_first:
+            plan = dataclasses.replace(plan, weight=jnp.ones_like(plan.weight))
+        return dispatch.combine(rows, plan, num_tokens)
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """How experts lie over the mesh in use: `copied` along these axes; split along `width_on` by model width, which
@@ -83,17 +129,17 @@ def layout_here() -> Layout:
 
 
 def weight_spec(name: str) -> PartitionSpec:
-    """Of gate and up (E, D, F) and down (E, F, D), along axes of more than one device."""
+    """Of gate and up (E, D, F), down (E, F, D) and biases, along axes of more than one device."""
     layout, experts_on = layout_here(), exchange.AXIS if sharding.splits(exchange.AXIS) else None
-    widths = (layout.width_on, layout.hidden_on)
-    return PartitionSpec(experts_on, *(widths[::-1] if name == "down" else widths))
+    named = {"experts": experts_on, "embed": layout.width_on, "expert_mlp": layout.hidden_on}
+    return PartitionSpec(*(named[axis] for axis in WEIGHTS[name]))
 
 
-_STATIC = ("num_experts", "implementation", "way", "factor", "layout")
+_STATIC = ("num_experts", "work", "way", "factor", "layout")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)  # traced and lowered once, not in each of a model's layers
-def _mixture(x, decision, weights, *, num_experts, implementation, way=None, factor=None, layout=Layout()):
+def _mixture(x, decision, weights, *, num_experts, work, way=None, factor=None, layout=Layout()):
     """One device's part of x, decision and weights, the latter as `layout` says; overflow (1,) i32 or None."""
 
     def run(x, decision, weights):
@@ -105,20 +151,25 @@ def _mixture(x, decision, weights, *, num_experts, implementation, way=None, fac
     def parts(x, decision, weights):
         weights = {name: whole(name, weight) for name, weight in weights.items()}
         if way == "gather":
-            return _by_gather(x, decision, weights, implementation), None
+            return _by_gather(x, decision, weights, work), None
         if way == "all_to_all":
-            return _by_all_to_all(x, decision, weights, num_experts, implementation, factor)
+            return _by_all_to_all(x, decision, weights, num_experts, work, factor)
         if way == "ragged":
-            return _by_ragged(x, decision, weights, num_experts, implementation, factor)
+            return _by_ragged(x, decision, weights, num_experts, work, factor)
         if way == "remote":
-            return _by_remote(x, decision, weights, num_experts, implementation, factor)
-        return _local(x, decision, weights, num_experts, implementation), None
+            return _by_remote(x, decision, weights, num_experts, work, factor)
+        return _local(x, decision, weights, num_experts, work), None
 
     def whole(name, weight):
         # Gradients: the gather's is a sum that leaves each device its part; the cast's, from replicated to different
         # on each device, is the sum over devices.
         if layout.width_on:
-            weight = lax.all_gather(weight, layout.width_on, axis=2 if name == "down" else 1, tiled=True)
+            if "embed" in WEIGHTS[name]:
+                weight = lax.all_gather(weight, layout.width_on, axis=WEIGHTS[name].index("embed"), tiled=True)
+            else:
+                weight = lax.pcast(weight, layout.width_on, to="varying")
+        if layout.hidden_on and name == "down_bias":  # of all terms of the sum one has it
+            weight = jnp.where(lax.axis_index(layout.hidden_on) == 0, weight, 0)
         return lax.pcast(weight, layout.copied, to="varying") if layout.copied else weight
 
     if layout.copied or layout.width_on:
@@ -133,28 +184,26 @@ def _keep(layout, primitive, *_, **parameters) -> bool:
     return primitive.name != "pvary" and not (primitive.name == "all_gather" and of_weights)
 
 
-def _local(x, decision, weights, num_experts, implementation):
+def _local(x, decision, weights, num_experts, work):
     tokens = x.reshape(-1, x.shape[-1])
     flat = flatten(decision, tokens.shape[0])
-    if few_tokens.suits(flat, implementation):
+    plain = work.apply is None and not work.gates_first
+    if plain and few_tokens.suits(flat, work.implementation):
         return few_tokens.mixture(tokens, flat, weights).reshape(x.shape)
-    return _sorted(tokens, flat, weights, num_experts, implementation, x.dtype).reshape(x.shape)
+    return _sorted(tokens, flat, weights, num_experts, work, x.dtype).reshape(x.shape)
 
 
-def _sorted(tokens, decision, weights, num_experts, implementation, dtype):
+def _sorted(tokens, decision, weights, num_experts, work, dtype):
     """Σ_k weight · expert(token) for tokens (T, D) and a flat decision over `weights`' experts; (T, D) in `dtype`."""
     with jax.named_scope("dispatch"):
         plan = dispatch.plan(decision, num_experts)
-        rows = dispatch.gather(tokens, plan)
-    with jax.named_scope("experts"):
-        rows = experts.gated_ffn(
-            rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes, implementation=implementation
-        )
+        rows = work.rows(tokens, plan)
+    rows = work.experts(rows, weights, plan.group_sizes)
     with jax.named_scope("combine"):
-        return dispatch.combine(rows.astype(dtype), plan, tokens.shape[0])
+        return work.sums(rows.astype(dtype), plan, tokens.shape[0])
 
 
-def _by_gather(x, decision, weights, implementation):
+def _by_gather(x, decision, weights, work):
     """All tokens of the expert axis on every one of its devices, which runs those that chose its experts.
 
     Dropless: the plan has room for every row of every device. Sums over experts are taken in float32, across devices
@@ -166,11 +215,11 @@ def _by_gather(x, decision, weights, implementation):
     with jax.named_scope("dispatch"):
         flat = flatten(exchange.gather(decision), tokens.shape[0])
         here = exchange.of_my_experts(flat, mine)
-    y = _sorted(tokens, here, weights, mine, implementation, jnp.float32)
+    y = _sorted(tokens, here, weights, mine, work, jnp.float32)
     return exchange.sum_back(y).astype(x.dtype).reshape(x.shape)
 
 
-def _by_all_to_all(x, decision, weights, num_experts, implementation, factor):
+def _by_all_to_all(x, decision, weights, num_experts, work, factor):
     """Rows go to their experts' devices and come back; gates are applied at home, where the sum is in float32."""
     tokens = x.reshape(-1, x.shape[-1])
     flat = flatten(decision, tokens.shape[0])
@@ -180,15 +229,16 @@ def _by_all_to_all(x, decision, weights, num_experts, implementation, factor):
     room = exchange.rows_per_pair(factor, T, K, mine, devices)
     with jax.named_scope("dispatch"):
         parcels = exchange.pack(flat, mine, devices, room)
-        sent = dispatch.gather(tokens, parcels.plan)
+        sent = work.rows(tokens, parcels.plan)
     came, expert = exchange.swap(sent), exchange.swap(parcels.expert)
-    done = _sorted(came, exchange.arrived(expert, mine), weights, mine, implementation, x.dtype)
+    there = dataclasses.replace(work, gates_first=False)
+    done = _sorted(came, exchange.arrived(expert, mine), weights, mine, there, x.dtype)
     back = exchange.swap(done)
     with jax.named_scope("combine"):
-        return dispatch.combine(back, parcels.plan, tokens.shape[0]).reshape(x.shape), parcels.overflow[None]
+        return work.sums(back, parcels.plan, tokens.shape[0]).reshape(x.shape), parcels.overflow[None]
 
 
-def _by_remote(x, decision, weights, num_experts, implementation, factor):
+def _by_remote(x, decision, weights, num_experts, work, factor):
     """Each token goes once to every device with experts for it, where its rows are summed with their gates in float32;
     the sums come back in x's dtype and are summed in float32 at home."""
     tokens = x.reshape(-1, x.shape[-1])
@@ -201,13 +251,13 @@ def _by_remote(x, decision, weights, num_experts, implementation, factor):
         routes, here = exchange.routes(flat, mine, devices, room)
     with jax.named_scope("exchange"):
         came = remote_exchange.send(tokens, routes, axis=exchange.AXIS)
-    done = _sorted(came, here, weights, mine, implementation, x.dtype)
+    done = _sorted(came, here, weights, mine, work, x.dtype)
     with jax.named_scope("exchange"):
         y = remote_exchange.collect(done, routes, axis=exchange.AXIS)
     return y.reshape(x.shape), routes.overflow[None]
 
 
-def _by_ragged(x, decision, weights, num_experts, implementation, factor):
+def _by_ragged(x, decision, weights, num_experts, work, factor):
     """Rows sorted by expert go straight to their places on the experts' devices, and results back; gates as above."""
     tokens = x.reshape(-1, x.shape[-1])
     flat = flatten(decision, tokens.shape[0])
@@ -216,18 +266,16 @@ def _by_ragged(x, decision, weights, num_experts, implementation, factor):
     room = ragged.rows_received(factor, T, K, mine, num_experts // mine)
     with jax.named_scope("dispatch"):
         plan = dispatch.plan(flat, num_experts)
-        rows = dispatch.gather(tokens, plan)
+        rows = work.rows(tokens, plan)
     with jax.named_scope("exchange"):
         counts = lax.all_gather(plan.group_sizes, exchange.AXIS)
         places = ragged.places(counts, lax.axis_index(exchange.AXIS), room)
         rows = ragged.send(rows, places, room, exchange.AXIS)
-    with jax.named_scope("experts"):
-        gate, up, down = (weights[name] for name in ("gate", "up", "down"))
-        rows = experts.gated_ffn(rows, gate, up, down, places.group_sizes, implementation=implementation)
+    rows = work.experts(rows, weights, places.group_sizes)
     with jax.named_scope("exchange"):
         rows = ragged.fetch(rows, places, T * K, exchange.AXIS)
     with jax.named_scope("combine"):
-        return dispatch.combine(rows, plan, T).reshape(x.shape), places.overflow[None]
+        return work.sums(rows, plan, T).reshape(x.shape), places.overflow[None]
 
 
 def flatten(decision, num_tokens: int):

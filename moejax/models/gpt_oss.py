@@ -1,13 +1,14 @@
 """gpt-oss (OpenAI 2025): attention sinks, every other layer in a sliding window, biased experts, clamped SwiGLU."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moejax import dispatch, hf_tensors, layers, rope
+from moejax import hf_tensors, layers, rope
 from moejax.models import family, mixture, parts
 from moejax.models.routers import softmax_top_k
 from moejax.rope import Rope
@@ -95,22 +96,26 @@ class BiasedExperts(nn.Module):
         decision, losses = mixture.route(
             self, logits, inputs, softmax_top_k, experts_per_token=config.num_experts_per_tok, norm=1.0
         )
-        return mixture.over_rows(x, decision, weights, self._experts), losses
+        apply = _experts(config.swiglu_limit, config.swiglu_alpha)
+        return mixture.over_rows(x, decision, weights, apply), losses
 
-    def _experts(self, tokens, plan, weights):
-        R, sizes = plan.token.shape[0], plan.group_sizes
-        metadata = group_metadata(sizes, R)
+
+@functools.cache  # one function for all layers, which are then traced once
+def _experts(limit: float, alpha: float):
+    def experts(rows, weights, group_sizes):
+        R = rows.shape[0]
+        metadata = group_metadata(group_sizes, R)
         # the expert of each row; rows past the sum get the last one's, and are never read
-        expert = jnp.repeat(jnp.arange(sizes.shape[0], dtype=jnp.int32), sizes, total_repeat_length=R)
+        expert = jnp.repeat(jnp.arange(group_sizes.shape[0], dtype=jnp.int32), group_sizes, total_repeat_length=R)
 
         def product(rows, name):
-            return grouped_matmul(rows, weights[name], sizes, metadata=metadata) + weights[f"{name}_bias"][expert]
+            return grouped_matmul(rows, weights[name], group_sizes, metadata=metadata) + weights[f"{name}_bias"][expert]
 
-        rows, limit = dispatch.gather(tokens, plan), self.config.swiglu_limit
         gate = jnp.minimum(product(rows, "gate"), limit)
         up = jnp.clip(product(rows, "up"), -limit, limit)
-        rows = product((up + 1) * (gate * jax.nn.sigmoid(gate * self.config.swiglu_alpha)), "down")
-        return dispatch.combine(rows, plan, tokens.shape[0])
+        return product((up + 1) * (gate * jax.nn.sigmoid(gate * alpha)), "down")
+
+    return experts
 
 
 class Block(parts.Block):

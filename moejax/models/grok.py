@@ -9,7 +9,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moejax import dispatch, experts, hf_tensors, layers, rope
+from moejax import experts, hf_tensors, layers, rope
 from moejax.models import family, mixture, parts
 from moejax.models.routers import softmax_top_k
 from moejax.rope import Rope
@@ -81,11 +81,9 @@ class GeluExperts(nn.Module):
         return mixture.over_rows(x, decision, weights, _experts), losses
 
 
-def _experts(tokens, plan, weights):
-    rows = dispatch.gather(tokens, plan)
+def _experts(rows, weights, group_sizes):
     gate, up, down = weights["gate"], weights["up"], weights["down"]
-    rows = experts.gated_ffn(rows, gate, up, down, plan.group_sizes, activation="gelu")
-    return dispatch.combine(rows, plan, tokens.shape[0])
+    return experts.gated_ffn(rows, gate, up, down, group_sizes, activation="gelu")
 
 
 class Block(parts.Block):

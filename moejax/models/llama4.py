@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moejax import dispatch, experts, hf_tensors, layers, rope
+from moejax import experts, hf_tensors, layers, rope
 from moejax.models import family, mixture, parts
 from moejax.models.routers import sigmoid_scores
 from moejax.rope import Rope
@@ -114,15 +114,12 @@ class ScaledInputExperts(nn.Module):
         decision, losses = mixture.route(
             self, logits, inputs, sigmoid_scores, experts_per_token=config.num_experts_per_tok
         )
-        y = mixture.over_rows(x, decision, weights, _experts)
+        y = mixture.over_rows(x, decision, weights, _experts, gates_first=True)
         return y + layers.GatedFFN(F, x.dtype, name="shared")(x), losses
 
 
-def _experts(tokens, plan, weights):
-    rows = dispatch.gather(tokens, plan)
-    rows = (rows * plan.weight[:, None].astype(rows.dtype)).astype(rows.dtype)
-    rows = experts.gated_ffn(rows, weights["gate"], weights["up"], weights["down"], plan.group_sizes)
-    return dispatch.combine(rows, dataclasses.replace(plan, weight=jnp.ones_like(plan.weight)), tokens.shape[0])
+def _experts(rows, weights, group_sizes):
+    return experts.gated_ffn(rows, weights["gate"], weights["up"], weights["down"], group_sizes)
 
 
 class Block(parts.Block):

@@ -1,18 +1,17 @@
 """The pieces of a sparse FFN for families whose experts `MoE` does not have: biased ones, ones fed scaled tokens.
 
-Composed of the same pure functions: a router, `dispatch`, and one `shard_map` over the batch. Letters: B batch, L
+Composed of the same pure functions: a router, and the rows' way to experts (`expert_parallel`). Letters: B batch, L
 length, T tokens, D model width, E experts, K experts per token.
 """
 
-import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
-from moejax import balance, dispatch, layers, routing, routing_stats, sharding
+from moejax import balance, expert_parallel, layers, routing, routing_stats
 from moejax.models import parts
 
 
@@ -36,24 +35,10 @@ def route(module: nn.Module, logits: jax.Array, inputs: parts.Inputs, router, **
     return decision, losses
 
 
-def over_rows(x: jax.Array, decision: routing.Routing, weights: dict[str, jax.Array], experts) -> jax.Array:
-    """`experts(tokens (T, D), plan, weights) -> (T, D)` on each device's part of x (B, L, D); weights are gathered."""
-    run = functools.partial(_local, experts)
-    axes = sharding.batch_axes()
-    if not axes:
-        return run(x, decision, weights)
-    rows = PartitionSpec(axes)
-
-    def local(x, decision, weights):
-        # Replicated going in, different on each device coming back: the cast's transpose is the sum over devices.
-        return run(x, decision, jax.tree.map(lambda w: lax.pcast(w, axes, to="varying"), weights))
-
-    specs = (rows, rows, PartitionSpec())
-    return jax.shard_map(local, in_specs=specs, out_specs=rows, axis_names=set(axes))(x, decision, weights)
-
-
-def _local(experts, x, decision, weights):
-    tokens = x.reshape(-1, x.shape[-1])
-    flat = jax.tree.map(lambda a: a.reshape(tokens.shape[0], *a.shape[2:]), decision)
-    plan = dispatch.plan(flat, decision.scores.shape[-1])
-    return experts(tokens, plan, weights).reshape(x.shape)
+def over_rows(
+    x: jax.Array, decision: routing.Routing, weights: dict[str, jax.Array], apply: Callable, gates_first: bool = False
+) -> jax.Array:
+    """Σ_k gate · expert(x) for x (B, L, D), where `apply(rows (R, D), weights, group_sizes)` -> (R, D) is what experts
+    do with rows sorted by expert; arguments and the way over devices as in `expert_parallel.mixture_and_overflow`."""
+    num_experts = decision.scores.shape[-1]
+    return expert_parallel.mixture(x, decision, weights, num_experts=num_experts, apply=apply, gates_first=gates_first)
