@@ -238,14 +238,27 @@ def _compare(found) -> None:
         print(f"{way} from gather, y and gradients: " + ", ".join(f"{d:.1e}" for d in far), flush=True)
 
 
+def shape_of(text: str) -> tuple[int, int]:
+    try:
+        T, D = (int(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"--shape={text}: need two numbers, T,D, as in --shape=16384,7168") from None
+    return T, D
+
+
 def main() -> None:
-    shapes = [tuple(int(n) for n in shape.split(",")) for shape in _SHAPE.value]
+    shapes = [shape_of(text) for text in _SHAPE.value]
     if "ragged" in _PART.value and len(_PART.value) > 1:
         # flags of the compiler are a process's, and its memory must be free again before this one begins
         for flag in ("", _DECOMPOSER):
             options = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()}
             again = [sys.executable, __file__, "--part=ragged"]
-            subprocess.run([*again, *(f"--shape={s}" for s in _SHAPE.value)], env=options, check=False, timeout=120)
+            again += [f"--shape={shape}" for shape in _SHAPE.value]
+            try:
+                if subprocess.run(again, env=options, check=False, timeout=120).returncode == 2:
+                    sys.exit(2)  # it said why
+            except subprocess.TimeoutExpired:
+                print(f"ragged_all_to_all {flag}: no end after 120 s", flush=True)
     if jax.default_backend() != "gpu" or jax.device_count() < 2:
         raise UserError(
             f"{jax.device_count()} {jax.default_backend()} device(s) here; the exchange needs 2 GPUs or more"
