@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from jax.experimental.compilation_cache import compilation_cache
 
 from moejax import checkpoint, data, metrics, optimizer, sharding, train, train_step
 from moejax.config import Config, MeshConfig
@@ -24,20 +23,6 @@ STEPS = 10
 # Logged at 3, 6, 9 and 10, saved at 4, 8 and 10: no checkpoint but the last falls on a line.
 EVERY = {"log_every": 3, "checkpoint_every": 4, "eval_every": 5, "eval_batches": 2}
 JSONL = ("metrics.jsonl", "evaluations.jsonl", "expert_load.jsonl")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """`run` compiles its own step each time: the same few programs are kept on disk for all tests of this file."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("xla")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
