@@ -130,12 +130,19 @@ def test_dlhs_interpreted(capfd):
     assert_close([got], [want], 3e-3)
 
 
-def test_the_hopper_kernels_lower(monkeypatch):
-    monkeypatch.setattr(products, "_hopper", lambda: True)
+def test_the_hopper_kernels_lower():
+    """Outside shard_map, where one warp loads; the products' own kernels are lowered by test_mosaic_gpu."""
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    args = bf16((1000, 256)), bf16((4, 256, 192)), bf16((4, 256, 192)), bf16((4, 192, 256)), bf16((1000, 256))
-    sizes = jax.ShapeDtypeStruct((4,), jnp.int32)
-    traced = value_and_gradients.trace(*args, sizes, implementation="mosaic_gpu")
+
+    @jax.jit
+    def both(rows, gate, up, sizes):
+        metadata = group_metadata(sizes, 1000)
+        _, a, b = mosaic_gpu.hidden("silu", rows, gate, up, metadata, keep=True)
+        return mosaic_gpu.dlhs((a, b), (gate, up), metadata)
+
+    traced = both.trace(
+        bf16((1000, 256)), bf16((4, 256, 192)), bf16((4, 256, 192)), jax.ShapeDtypeStruct((4,), jnp.int32)
+    )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "gated_ffn_hidden" in text
     assert "gated_ffn_dlhs" in text
