@@ -25,7 +25,7 @@ $(LIBTPU): | $(STAMP)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --target $@ libtpu==0.0.48.1
 
 test-tpu: $(STAMP) $(LIBTPU)
-	PYTHONPATH=$(LIBTPU) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PYTHON) -m pytest -m tpu tests/test_tpu.py
+	PYTHONPATH=$(LIBTPU) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PYTHON) -m pytest -m tpu tests/test_tpu.py tests/test_compile_ahead_tpu.py
 
 quick: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not long and not gpu and not tpu"

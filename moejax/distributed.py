@@ -2,13 +2,15 @@
 
 jax.distributed does the meeting. Its coordination service, which process 0 hosts, also carries a short text of each
 process: a sign of life every few seconds, and at the end why it ended. A process that dies or fails would leave the
-others waiting in a collective for ever; here they end within a minute, with a line that names it.
+others waiting in a collective for ever; here they end within a minute, with a line that names it. Where process 0 dies,
+jax ends the others in the same moment, by abort; a small process beside each outlives it for that line.
 """
 
 import dataclasses
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -28,6 +30,21 @@ SILENCE_SECONDS = 30.0  # without one for so long, a process is taken for dead
 JAX_SECONDS = 45
 MPI_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 _ALIVE, _ALIKE, _FACTS = "moejax/alive/", "moejax/alike/", "moejax/facts"
+
+
+# Waits until its parent, process argv[1], has gone without having ended it; then looks whether argv[2]:argv[3] has too.
+_WITNESS = """
+import os, signal, socket, sys, time
+parent, host, port, line = sys.argv[1:]
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+while os.getppid() == int(parent):
+    time.sleep(0.5)
+try:
+    socket.create_connection((host, int(port)), timeout=5).close()
+except OSError:
+    os.write(2, f"error: {line}\\n".encode())
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +89,8 @@ def initialize(coordinator: str | None = None, process_id: int | None = None, nu
                         "the same HOST:PORT and N to each") from error  # fmt: skip
     if jax.process_count() > 1:
         global _watch
-        _watch = _Watch(_jax_distributed.global_state.client, jax.process_index(), jax.process_count())
+        state = _jax_distributed.global_state
+        _watch = _Watch(state.client, jax.process_index(), jax.process_count(), str(state.coordinator_address))
         _watch.start()
 
 
@@ -124,6 +142,7 @@ def leave(code: int, reason: str, error: BaseException | None = None) -> None:
     if _watch.life.ended == "":
         _watch.over.set()
         jax.distributed.shutdown()
+        _watch.dismiss()
         return
     if isinstance(error, jax.errors.JaxRuntimeError):
         time.sleep(SILENCE_SECONDS + 2 * BEAT_SECONDS)  # if another died, the watch ends this process before
@@ -134,6 +153,7 @@ def leave(code: int, reason: str, error: BaseException | None = None) -> None:
         time.sleep(2 * BEAT_SECONDS)  # the texts go with process 0: the others read this one first
     sys.stdout.flush()
     sys.stderr.flush()
+    _watch.dismiss()
     os._exit(code)
 
 
@@ -156,15 +176,32 @@ def verdict(lives: Mapping[int, Life], seen: dict[int, tuple[int, float]], now: 
     return None
 
 
+def _lost(coordinator: str) -> str:
+    return (f"process 0 ({coordinator}), which the others meet at, can't be reached: it died or lost its network; the "
+            "same command, on as many processes as there are, continues from the newest checkpoint")  # fmt: skip
+
+
 class _Watch(threading.Thread):
     """Says that this process lives, and ends it when another ended."""
 
-    def __init__(self, client: Any, me: int, processes: int):
+    def __init__(self, client: Any, me: int, processes: int, coordinator: str):
         super().__init__(name="processes", daemon=True)
         self.client, self.me, self.processes = client, me, processes
         self.over = threading.Event()
         self.life = Life(host=socket.gethostname())
+        self.lost = _lost(coordinator)
+        self.witness = None
+        if me:
+            host, _, port = coordinator.rpartition(":")
+            command = [sys.executable, "-I", "-S", "-c", _WITNESS, str(os.getpid()), host.strip("[]"), port, self.lost]
+            self.witness = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         self.tell(None)
+
+    def dismiss(self) -> None:
+        """Ends the witness: this process ends without its help."""
+        if self.witness is not None:
+            self.witness.kill()
+            self.witness.wait()
 
     def tell(self, ended: str | None) -> None:
         self.life = dataclasses.replace(self.life, ended=ended, beat=self.life.beat + 1)
@@ -184,9 +221,10 @@ class _Watch(threading.Thread):
                 self.tell(self.life.ended)
                 line = verdict(self.others(), seen, time.monotonic())
             except jax.errors.JaxRuntimeError:
-                line = "process 0, which the others meet at, can't be reached: it died or lost its network"
+                line = self.lost
             if line and not self.over.is_set():
                 os.write(2, f"error: {line}\n".encode())
+                self.dismiss()
                 if self.me == 0:
                     time.sleep(2 * BEAT_SECONDS)  # the texts go with process 0: the others find out by themselves first
                 os._exit(1)

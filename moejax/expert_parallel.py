@@ -70,8 +70,8 @@ def mixture_and_overflow(
     run = functools.partial(run, layout=layout_here())
     rows = PartitionSpec(axes or None)
     held = {name: weight_spec(name) for name in weights}
-    run = sharding.on_each_device(run, in_specs=(rows, rows, held), out_specs=(rows, rows))
-    y, overflow = run(x, decision, weights)
+    everywhere = sharding.on_each_device(run, in_specs=(rows, rows, held), out_specs=(rows, rows))
+    y, overflow = everywhere(x, decision, weights)
     return y, overflow if overflow is None else jnp.sum(overflow, dtype=jnp.int32)
 
 

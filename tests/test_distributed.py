@@ -159,6 +159,38 @@ def test_four_processes_stop_together_at_a_signal_and_one_goes_on(run):
     assert_as_one_process(run, stopped + 3, SPARSE)
 
 
+MEET = """
+import sys, time
+from moejax import distributed
+distributed.initialize(sys.argv[1], int(sys.argv[2]), 2)
+print("met", flush=True)
+time.sleep(100)
+"""
+
+
+def test_process_0_dies_and_the_other_names_it(tmp_path):
+    """jax ends the other in the same moment, by abort: the line comes from the witness beside it."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        coordinator = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with open(tmp_path / "said", "wb") as said, contextlib.ExitStack() as ended:
+        processes = []
+        for i in range(2):
+            command = [sys.executable, "-c", MEET, coordinator, str(i)]
+            run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=said)
+            processes.append(ended.enter_context(run))
+            ended.callback(run.kill)
+        assert [process.stdout.readline() for process in processes] == [b"met\n"] * 2
+        processes[0].kill()
+        assert processes[1].wait(60) != 0
+        line = f"error: process 0 ({coordinator}), which the others meet at, can't be reached: it died or lost its"
+        deadline = time.monotonic() + 20
+        while line not in (tmp_path / "said").read_text():
+            assert time.monotonic() < deadline, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+
+
 def test_processes_with_different_configs_stop_before_the_first_step(run):
     run.start(2, *DENSE, LONG, one=["--config.optimizer.learning_rate=0.5"])
     for code, said in run.end():
