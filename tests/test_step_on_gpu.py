@@ -1,0 +1,65 @@
+"""The training step as a GPU runs it: which implementations it picks, no host inside it, and equal bits each time."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from experiments.step import random_batch
+from moejax import optimizer, sharding
+from moejax.config import MoEConfig
+from moejax.models.lm import LM
+from moejax.train_step import compiled_step, create, state_shardings, to_devices
+
+ROWS, LENGTH, VOCABULARY = 2, 256, 640
+MOE = MoEConfig(
+    router="moejax.routing:top_k", num_experts=8, experts_per_token=2, shared_experts=1, expert_width=256,
+    load_balance_weight=0.01, router_z_weight=0.001,
+)  # fmt: skip
+MODEL = {
+    "width": 256, "ffn_width": 256, "vocab_size": VOCABULARY, "dtype": "bfloat16", "param_dtype": "bfloat16",
+    "remat": "dots", "scan_layers": False,
+}  # fmt: skip
+
+
+def started(documents: int):
+    """The compiled step, a fresh state by each call of a function, and the batch on the device."""
+    config = small.config(MOE, model=MODEL)
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices=jax.devices()[:1])
+    model, tx = LM(config.model), optimizer.make(config.optimizer)
+    with jax.set_mesh(mesh):
+        batch = to_devices(random_batch(VOCABULARY, ROWS, LENGTH, documents), sharding.batch_sharding(mesh))
+
+        def start():
+            return create(model, tx, mesh, config.seed)
+
+        step = compiled_step(model, tx, config, state_shardings(model, tx, mesh))
+        return step.lower(start(), batch).compile(), start, batch
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [1, 2])
+def test_three_steps_twice_have_equal_bits(documents):
+    compiled, start, batch = started(documents)
+
+    def run():
+        state, found = start(), []
+        for _ in range(3):
+            state, metrics = compiled(state, batch)
+            found.append(jax.tree.map(np.asarray, metrics))
+        return jax.tree.map(np.asarray, state), found
+
+    once, again = run(), run()
+    assert once[1][0]["loss"] != once[1][2]["loss"], "nothing was learned"
+    jax.tree.map(np.testing.assert_array_equal, once, again)
+
+
+@pytest.mark.gpu
+def test_kernels_and_cudnn_are_picked_and_nothing_goes_to_the_host():
+    text = started(documents=1)[0].as_text()
+    for name in ("mosaic_gpu", "cudnn$fmha"):
+        assert name in text
+    assert not re.search("callback|infeed|outfeed", text)
