@@ -161,7 +161,7 @@ class LM(nn.Module):
 def _keep_products(primitive, *inputs, **parameters) -> Any:
     """A `jax.checkpoint` policy: keep what matrix products, attention and experts give, compute the rest again."""
     policies = jax.checkpoint_policies
-    if primitive.name == "dot_product_attention_fwd":  # cuDNN's, with the sums that its gradient needs
+    if primitive.name.startswith("dot_product_attention_fwd"):  # cuDNN's, with the sums that its gradient needs
         return True
     either = policies.save_from_both_policies(
         policies.checkpoint_dots_with_no_batch_dims, policies.save_only_these_names("attention", "experts")
