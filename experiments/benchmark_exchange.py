@@ -28,6 +28,7 @@ from absl import flags
 from jax import lax
 
 from experiments import cli
+from experiments.exchanged_rows import busiest, destinations, shape_of
 from moejax import expert_parallel, routing, sharding
 from moejax.errors import UserError
 from pallas_kernels import remote_exchange
@@ -48,20 +49,6 @@ AXIS = "expert"
 def over(mesh, run):
     """`run` of arrays split over the devices of the mesh, compiled."""
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=jax.P(AXIS), out_specs=jax.P(AXIS)))
-
-
-def destinations(S: int, T: int) -> np.ndarray:
-    """(S, T) i32: the device that each row goes to."""
-    rng = np.random.default_rng(0)
-    return np.stack([rng.choice(S, T, p=rng.dirichlet(np.full(S, 8.0))) for _ in range(S)]).astype(np.int32)
-
-
-def busiest(to: np.ndarray, D: int) -> int:
-    """Bytes: the most that a device sends or receives off the chip."""
-    S = to.shape[0]
-    counts = np.stack([np.bincount(row, minlength=S) for row in to])
-    np.fill_diagonal(counts, 0)
-    return int(max(counts.sum(0).max(), counts.sum(1).max())) * D * 2
 
 
 def equal_copy(x, S: int):
@@ -236,14 +223,6 @@ def _compare(found) -> None:
     for way in leaves.keys() - {"gather"} if "gather" in leaves else ():
         far = [float(distance(a, b)) for a, b in zip(leaves[way], leaves["gather"], strict=True)]
         print(f"{way} from gather, y and gradients: " + ", ".join(f"{d:.1e}" for d in far), flush=True)
-
-
-def shape_of(text: str) -> tuple[int, int]:
-    try:
-        T, D = (int(number) for number in text.split(","))
-    except ValueError:
-        raise UserError(f"--shape={text}: need two numbers, T,D, as in --shape=16384,7168") from None
-    return T, D
 
 
 def main() -> None:
