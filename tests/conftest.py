@@ -31,3 +31,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_unconfigure() -> None:
     if MINE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Files with slow tests first, so that at the end no process is left alone with one of them."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
