@@ -77,6 +77,9 @@ def described(topology: str, slices: int = 1) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more).devices)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if "lockfile" in str(error) or "already in use" in str(error):
+            raise UserError(f"another process holds the TPU compiler, which takes one at a time ({reason(error)}): "
+                            "run this again when it is done") from error  # fmt: skip
         raise UserError(f"--topology={topology}: there is no such slice ({reason(error)}); give KIND:SHAPE in chips, "
                         "as v5p:8x8x4, v5e:4x4, v6e:8x8 or tpu7x:4x4x4") from error  # fmt: skip
 

@@ -79,6 +79,8 @@ def _log_once(line: str) -> None:
 
 def _fits_cudnn(q: jax.Array, v: jax.Array) -> bool:
     """What every version of cuDNN on every GPU since Ampere takes, with a mask and gradients."""
+    if float(getattr(jax.local_devices()[0], "compute_capability", 0)) < 8.0:  # a T4 has 7.5
+        return False
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     width = q.shape[-1]
     return half and width == v.shape[-1] and width <= 128 and width % 8 == 0 and q.shape[1] % 2 == 0

@@ -9,10 +9,13 @@ the newest one that is still whole. A save that fails (a full disk) costs that s
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
 import shutil
+import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -174,6 +177,7 @@ def restore(directory: str | os.PathLike[str], targets: Mapping[str, PyTree] | N
       UserError: there are checkpoints and none is whole, or the newest whole one is of another model or lacks a tree.
     """
     damaged: list[str] = []
+    _say_nothing_of_late_reads()
     for path in reversed(_candidates(Path(directory))):
         manifest, fault = _inspect(path)
         if manifest is not None:
@@ -193,6 +197,22 @@ def restore(directory: str | os.PathLike[str], targets: Mapping[str, PyTree] | N
     if damaged:
         raise UserError(f"no whole checkpoint in {directory}: {'; '.join(damaged)}")
     return None
+
+
+@functools.cache
+def _say_nothing_of_late_reads() -> None:
+    """Where one of orbax's reads fails, those that end later find its event loop closed: tensorstore's threads would
+    print a traceback for each, beside the one line that says what is damaged. All else goes where it went."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        frames = [] if error is None else traceback.extract_tb(error.__traceback__)
+        late = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not (late and any(frame.name == "call_soon_threadsafe" for frame in frames)):
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def steps(directory: str | os.PathLike[str]) -> list[int]:

@@ -47,9 +47,9 @@ class MoEConfig:
     input_jitter: float = 0.0  # router inputs are multiplied by uniform(1 − jitter, 1 + jitter) in training
     dispatch: Literal["sorted", "dense"] = "sorted"  # dense: the oracle, every expert on every token
     implementation: str | None = None  # of the grouped matmul; None: the fastest that runs here
-    exchange: str | None = None  # how rows reach experts on other devices (mesh.expert > 1); None: gather
+    exchange: str | None = None  # how rows reach experts on other devices (mesh.expert > 1); None: by platform
     exchange_factor: float | None = None  # all_to_all: rows from a device to another = ceil(factor · T_device · K / S),
-    # remote: tokens that come to a device = ceil(factor · T_device · K); more is left out and counted
+    # ragged, remote: rows that come to a device = ceil(factor · T_device · K); more is left out and counted
     # (overflow_fraction); None: as many as there can be
 
 

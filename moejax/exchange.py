@@ -112,18 +112,29 @@ class Parcels:
 def rows_per_pair(factor: float | None, tokens: int, experts_per_token: int, mine: int, devices: int) -> int:
     """C = ceil(factor · T · K / S), at most T · min(K, E/S): what a device with `mine` = E/S experts can be sent, and
     what None gives. UserError where the factor leaves less than one row."""
-    all_of_them = tokens * min(experts_per_token, mine)
+    choices = tokens * experts_per_token
+    of = f"a pair of devices, of {tokens} tokens · {experts_per_token} experts each on {devices} devices"
+    return _bounded(factor, choices / devices, tokens * min(experts_per_token, mine), of)
+
+
+def rows_received(factor: float | None, tokens: int, experts_per_token: int, most: int) -> int:
+    """R = ceil(factor · T · K), at most `most`: all that can come to a device, and what None gives. UserError where the
+    factor leaves less than one row."""
+    of = f"a device, of {tokens} tokens · {experts_per_token} experts each"
+    return _bounded(factor, tokens * experts_per_token, most, of)
+
+
+def _bounded(factor: float | None, share: float, most: int, of: str) -> int:
     if factor is None:
-        return all_of_them
-    rows = factor * tokens * experts_per_token / devices
+        return most
+    rows = factor * share
     if rows < 1:
         raise UserError(
-            f"config.model.moe.exchange_factor={factor} leaves {rows:.3g} rows for a pair of devices, of "
-            f"{tokens} tokens · {experts_per_token} experts each on {devices} devices: give at least "
-            f"{devices / (tokens * experts_per_token):.3g}, or leave it out"
+            f"config.model.moe.exchange_factor={factor} leaves {rows:.3g} rows for {of}: give at least "
+            f"{1 / share:.3g}, or leave it out"
         )
     # the small subtraction keeps 1.1 · 100 / 10 = 11.000000000000002 at 11
-    return min(math.ceil(rows - 1e-9), all_of_them)
+    return min(math.ceil(rows - 1e-9), most)
 
 
 def pack(decision: Routing, mine: int, devices: int, rows: int) -> Parcels:
@@ -172,20 +183,6 @@ def check_remote(x: jax.Array) -> None:
             f"config.model.moe.exchange='remote' can't move {x.dtype} rows of width {x.shape[-1]} on "
             f"{jax.default_backend()}: {reason}; give 'gather' or 'all_to_all'"
         )
-
-
-def rows_received(factor: float | None, tokens: int, experts_per_token: int, devices: int) -> int:
-    """R = ceil(factor · T · K), at most S · T, all tokens of all devices, which is what None gives. A token is one row
-    on each device that has experts for it. UserError where the factor leaves less than one row."""
-    if factor is None:
-        return devices * tokens
-    rows = factor * tokens * experts_per_token
-    if rows < 1:
-        raise UserError(
-            f"config.model.moe.exchange_factor={factor} leaves {rows:.3g} rows for a device, of {tokens} tokens · "
-            f"{experts_per_token} experts each: give at least {1 / (tokens * experts_per_token):.3g}, or leave it out"
-        )
-    return min(math.ceil(rows - 1e-9), devices * tokens)
 
 
 def routes(decision: Routing, mine: int, devices: int, rows: int) -> tuple[remote_exchange.Routes, Routing]:

@@ -246,7 +246,7 @@ def _by_remote(x, decision, weights, num_experts, work, factor):
     mine = weights["gate"].shape[0]
     devices = num_experts // mine
     T, K = flat.experts.shape
-    room = exchange.rows_received(factor, T, K, devices)
+    room = exchange.rows_received(factor, T, K, devices * T)  # a token is one row here, however many of mine it chose
     with jax.named_scope("dispatch"):
         routes, here = exchange.routes(flat, mine, devices, room)
     with jax.named_scope("exchange"):
@@ -263,7 +263,7 @@ def _by_ragged(x, decision, weights, num_experts, work, factor):
     flat = flatten(decision, tokens.shape[0])
     mine = weights["gate"].shape[0]
     T, K = flat.experts.shape
-    room = ragged.rows_received(factor, T, K, mine, num_experts // mine)
+    room = exchange.rows_received(factor, T, K, num_experts // mine * T * min(K, mine))
     with jax.named_scope("dispatch"):
         plan = dispatch.plan(flat, num_experts)
         rows = work.rows(tokens, plan)

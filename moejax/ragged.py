@@ -9,7 +9,6 @@ that come to one device.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -72,21 +71,6 @@ def places(counts: jax.Array, me: jax.Array | int, rows: int) -> Places:
         group_sizes=jnp.sum(came, axis=0, dtype=jnp.int32),
         overflow=jnp.sum(counts[me] - sent[me], dtype=jnp.int32),
     )
-
-
-def rows_received(factor: float | None, tokens: int, experts_per_token: int, mine: int, devices: int) -> int:
-    """R = ceil(factor · T · K), at most S · T · min(K, E/S): all that can come to a device with `mine` = E/S experts,
-    which is what None gives. UserError where the factor leaves less than one row."""
-    all_of_them = devices * tokens * min(experts_per_token, mine)
-    if factor is None:
-        return all_of_them
-    rows = factor * tokens * experts_per_token
-    if rows < 1:
-        raise UserError(
-            f"config.model.moe.exchange_factor={factor} leaves {rows:.3g} rows for a device, of {tokens} tokens · "
-            f"{experts_per_token} experts each: give at least {1 / (tokens * experts_per_token):.3g}, or leave it out"
-        )
-    return min(math.ceil(rows - 1e-9), all_of_them)
 
 
 def check_platform() -> None:

@@ -1,5 +1,7 @@
 """Attention against arithmetic by hand and a slow float64 oracle; the implementations against each other."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +167,26 @@ def test_a_named_implementation_runs_or_raises():
         attention.attend(q, k, v, sinks=SINKS, implementation="xla")
     with pytest.raises(NotImplementedError, match="use 'plain'"):
         attention.attend(q, k, v, softcap=1.0, implementation="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "length", "wanted"),
+    [
+        ("9.0", jnp.bfloat16, 64, 8, "cudnn"),
+        ("7.5", jnp.bfloat16, 64, 8, "xla"),  # a T4
+        ("9.0", jnp.float32, 64, 8, "xla"),
+        ("9.0", jnp.float16, 192, 8, "xla"),
+        ("9.0", jnp.bfloat16, 12, 8, "xla"),
+        ("9.0", jnp.bfloat16, 64, 7, "xla"),
+    ],
+)
+def test_on_a_gpu_cudnn_is_picked_for_what_it_takes(capability, dtype, width, length, wanted, monkeypatch):
+    gpu = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [gpu])
+    q = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
+    assert attention._pick(q, q, None, None) == wanted
+    assert attention._pick(q, q, SINKS, None) == "plain"
 
 
 @pytest.mark.gpu

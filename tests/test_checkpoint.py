@@ -1,5 +1,6 @@
 """Checkpoints: round trips, other meshes, damage, full disks and kills."""
 
+import asyncio
 import json
 import logging
 import os
@@ -153,6 +154,29 @@ def test_what_rots_and_keeps_its_size_is_gone_past_and_replaced(written, tmp_pat
     kept = sorted(entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == sorted(["3", "4.damaged", str(again)])
     assert_equal(checkpoint.restore(tmp_path / "run", abstract(state(0))).trees, state(again))
+
+
+def test_reads_that_end_after_one_failed_are_not_told_and_all_else_is(monkeypatch):
+    told, closed = [], asyncio.new_event_loop()
+    closed.close()
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+    checkpoint._say_nothing_of_late_reads.__wrapped__()
+
+    class Ends:
+        def __init__(self, end):
+            self.end = end
+
+        def __del__(self):
+            self.end()
+
+    def fail():
+        raise RuntimeError("Event loop is closed")  # by another way
+
+    Ends(lambda: closed.call_soon_threadsafe(print))
+    assert told == []
+    Ends(fail)
+    Ends(lambda: closed.call_soon_threadsafe(print, 1, 2, 3, nothing=4))
+    assert told[0] == "Event loop is closed" and "nothing" in told[1]
 
 
 def test_rotten_metadata_is_damage_and_no_traceback(written, tmp_path, caplog):

@@ -206,10 +206,11 @@ def test_what_cannot_be_meant_is_one_line():
         x, decision, weights = inputs("uneven")
         with pytest.raises(UserError, match=r"'remote' can't move float32 rows of width 8 on cpu: .*; give 'gat"):
             expert_parallel.mixture(x, decision, weights, num_experts=E, way="remote")
-    assert exchange.rows_received(None, 16, 4, devices=4) == 64
-    assert exchange.rows_received(1.1, 10, 2, devices=4) == 22
+    assert exchange.rows_received(None, 16, 4, most=64) == 64
+    assert exchange.rows_received(1.1, 10, 2, most=40) == 22
+    assert exchange.rows_received(9.0, 10, 2, most=40) == 40
     with pytest.raises(UserError, match=r"exchange_factor=0.1 leaves 0.8 rows for a device.* give at least 0.125"):
-        exchange.rows_received(0.1, 4, 2, devices=4)
+        exchange.rows_received(0.1, 4, 2, most=16)
 
 
 @functools.lru_cache
