@@ -12,10 +12,12 @@ Letters: T tokens, D model width, E experts, K experts per token, C places per e
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax.errors import UserError
 from moejax.routing import ExpertChoice, Routing
@@ -65,11 +67,10 @@ def _plan_tokens(routing: Routing, num_experts: int) -> Plan:
     T, K = routing.experts.shape
     R = T * K
     expert = jnp.where(routing.keep, routing.experts, num_experts).reshape(R).astype(jnp.int32)
-    choice, boundaries = _sort_by(expert, num_experts)  # choice = token · K + k of each row
+    choice, boundaries = _kept(_sort_by(expert, num_experts))  # choice = token · K + k of each row
     real = jnp.arange(R, dtype=jnp.int32) < boundaries[-1]
     row = _invert(choice)
-    slot = jnp.where(row < boundaries[-1], row, R).reshape(T, K)
-    token = jnp.where(real, choice // K, 0)
+    slot, token = _kept((jnp.where(row < boundaries[-1], row, R).reshape(T, K), jnp.where(real, choice // K, 0)))
     weights = routing.weights.astype(jnp.float32).reshape(R)
     weight = _permute(*vary_alike(weights, choice, slot.reshape(R), real))
     return Plan(token=token, weight=weight, group_sizes=jnp.diff(boundaries), slot=slot)
@@ -84,9 +85,14 @@ def _plan_experts(choice: ExpertChoice, num_experts: int) -> Plan:
     T = choice.scores.shape[0]
     weight = choice.weights.astype(jnp.float32).reshape(-1)
     token = choice.tokens.reshape(-1).astype(jnp.int32)
-    order, offsets = _sort_by(jnp.where(weight != 0, token, T), T)
+    order, offsets = _kept(_sort_by(jnp.where(weight != 0, token, T), T))
     sizes = jnp.full((num_experts,), choice.tokens.shape[1], jnp.int32)
     return Plan(token=token, weight=weight, group_sizes=sizes, order=order, offsets=offsets)
+
+
+def _kept(arrays: Any) -> Any:
+    """By a name for `jax.checkpoint`: small arrays that took a sort to make."""
+    return jax.tree.map(lambda a: checkpoint_name(a, "routing"), arrays)
 
 
 def _sort_by(key: Array, count: int) -> tuple[Array, Array]:

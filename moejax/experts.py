@@ -45,7 +45,8 @@ def gated_ffn(
     """
     _check(rows, gate, up, down, group_sizes, activation)
     with jax.named_scope("experts"):
-        metadata = metadata or group_metadata(group_sizes, rows.shape[0])
+        if metadata is None:
+            metadata = jax.tree.map(lambda a: checkpoint_name(a, "routing"), group_metadata(group_sizes, rows.shape[0]))
         name = implementation or pick(rows, gate)
         if name == "mosaic_gpu":
             return kernels.gated_ffn(

@@ -9,8 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from moejax import sharding
+from pallas_kernels.search import count_below
 
 Initializer = Callable[..., Any]
 
@@ -48,6 +50,55 @@ def linear(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None, 
         preferred_element_type=out_dtype,
     )
     return flat.reshape(*rows, *kernel.shape[inputs:])
+
+
+def scores(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x (B, L, D) · kernel (D, E) -> (B, L, E) f32: a product of float32 precision, for decisions hang on it."""
+    many = math.prod(x.shape[:-1]) >= 128  # of few rows XLA makes no matrix product
+    if many and x.dtype == jnp.bfloat16 and sharding.platform() == "gpu":
+        return _scores(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+    wide = x.astype(jnp.float32)
+    return jnp.einsum("bld,de->ble", wide, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+
+# A float32 product takes a GPU ten times as long as one of bfloat16, and x is rounded to that already. What isn't comes
+# as three bfloat16 numbers that sum to it, so that products lose no more than in float32.
+@jax.custom_vjp
+def _scores(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(T, D) bf16 · (D, E) -> (T, E) f32."""
+    return _times_pieces(x, kernel)
+
+
+def _scores_backward(inputs, grad):
+    x, kernel = inputs
+    of_grad, of_kernel = pieces(grad), pieces(kernel)
+    pairs = [(a, b) for i, a in enumerate(of_grad) for j, b in enumerate(of_kernel) if i + j < 3]
+    left, right = (jnp.concatenate(side, axis=1) for side in zip(*pairs, strict=True))
+    dx = lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), _times_pieces(x.T, grad).astype(kernel.dtype)
+
+
+_scores.defvjp(lambda x, kernel: (_scores(x, kernel), (x, kernel)), _scores_backward)
+
+
+def _times_pieces(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+    """rows (A, C) bf16 · matrix (C, E) -> (A, E) f32."""
+    of_matrix = pieces(matrix)
+    out = jnp.dot(rows, jnp.concatenate(of_matrix, axis=1), preferred_element_type=jnp.float32)
+    return jnp.sum(out.reshape(rows.shape[0], len(of_matrix), -1), axis=1)
+
+
+def pieces(a: jax.Array) -> list[jax.Array]:
+    """bfloat16 arrays that sum to `a`: itself, or three of a float32 array (8 of its 24 bits each)."""
+    if a.dtype == jnp.bfloat16:
+        return [a]
+    found = []
+    for _ in range(3):
+        # not astype: XLA may leave a cast there and back out, and then nothing would be left for the next
+        head = lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
+        found.append(head.astype(jnp.bfloat16))
+        a = a - head
+    return found
 
 
 class RMSNorm(nn.Module):
@@ -110,8 +161,66 @@ class Embedding(nn.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         # The rows are scaled back to unit variance; the small table then also serves as a tied unembedding.
-        rows = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype) * jnp.asarray(self.width**0.5, self.dtype)
+        rows = lookup(self.embedding, tokens).astype(self.dtype) * jnp.asarray(self.width**0.5, self.dtype)
         return sharding.constrain(rows, "batch", "length", "activation")
 
     def unembedding(self) -> jax.Array:
         return self.embedding.T
+
+
+def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows (B, L, D) of table (V, D) at tokens (B, L), in [0, V)."""
+    if sharding.platform() == "gpu":
+        return _lookup(table, tokens)
+    return jnp.take(table, tokens, axis=0)
+
+
+# The gradient of a lookup is a scatter, which on a GPU adds a token's terms in whatever order threads come: two runs
+# would differ. Here they are sorted by token and added in a fixed order.
+@jax.custom_vjp
+def _lookup(table, tokens):
+    return jnp.take(table, tokens, axis=0)
+
+
+def _lookup_forward(table, tokens):
+    return _lookup(table, tokens), (tokens, jnp.zeros((table.shape[0], 0), table.dtype))
+
+
+def _lookup_backward(inputs, grad):
+    tokens, like = inputs
+    axes = sharding.batch_axes()
+
+    def of_my_rows(tokens, grad):
+        total = sum_by_token(tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]), like.shape[0])
+        return lax.psum(total, axes) if axes else total
+
+    rows = PartitionSpec(axes or None)
+    everywhere = sharding.on_each_device(of_my_rows, in_specs=(rows, rows), out_specs=PartitionSpec())
+    return everywhere(tokens, grad).astype(like.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def sum_by_token(tokens: jax.Array, rows: jax.Array, vocab_size: int) -> jax.Array:
+    """(V, D) f32: for each token the sum of the rows (T, D) that are its, by tokens (T,) i32; zeros where there's none.
+
+    In round n every row takes the one 2^n places on, if of its token: after log2(longest run) rounds a run's first row
+    has the sum of all. Gathers alone, and the same order of sums in every run.
+    """
+    place = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    token, order = lax.sort((tokens, place), num_keys=1)
+    bounds = count_below(token, jnp.arange(vocab_size + 1, dtype=jnp.int32))
+    count, end = jnp.diff(bounds), bounds.at[token + 1].get(mode="clip")
+
+    def unfinished(carry):
+        return carry[0] < jnp.max(count)
+
+    def double(carry):
+        step, sums = carry
+        more = sums.at[place + step].get(mode="clip")
+        return 2 * step, sums + jnp.where((place + step < end)[:, None], more, 0)
+
+    terms = rows.at[order].get(mode="clip").astype(jnp.float32)
+    _, sums = lax.while_loop(unfinished, double, (jnp.ones_like(place[0]), terms))
+    return jnp.where((count > 0)[:, None], sums.at[bounds[:-1]].get(mode="clip"), 0)

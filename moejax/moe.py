@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax import balance, expert_parallel, layers, routing, routing_stats
 from moejax.config import MoEConfig
@@ -125,16 +126,16 @@ class MoE(nn.Module):
         router = routing.resolve(config.router)
         wanted = router_inputs(router)
         key = self.make_rng("routing") if self.mode == "train" else None
-        inputs = x.astype(jnp.float32)
+        inputs = x
         if config.input_jitter and key is not None:
             key, jitter = jax.random.split(key)
             low, high = 1 - config.input_jitter, 1 + config.input_jitter
-            inputs *= jax.random.uniform(jitter, inputs.shape, jnp.float32, low, high)
+            inputs = x.astype(jnp.float32) * jax.random.uniform(jitter, inputs.shape, jnp.float32, low, high)
 
         def score(name, init):
             shape, axes = (x.shape[-1], config.num_experts), ("embed", "router_experts")
             kernel = layers.parameter(self, name, init, shape, axes)
-            return jnp.einsum("bld,de->ble", inputs, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+            return layers.scores(inputs, kernel)
 
         if reads_logits(router):
             logits = score("router", layers.fan_in_init(0, 1, self.init_scale))
@@ -161,7 +162,7 @@ class MoE(nn.Module):
         )
         if isinstance(decision, routing.Routing):  # capacity is settled: back to one row per sequence
             decision = jax.tree.map(lambda a: a.reshape(*x.shape[:2], *a.shape[2:]), decision)
-        return logits, decision
+        return logits, jax.tree.map(lambda a: checkpoint_name(a, "routing"), decision)
 
     def _experts(self, width, dtype):
         num_experts, hidden = self.config.num_experts, self.hidden

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import small
 
+from moejax import sharding
 from moejax.errors import UserError
 from moejax.models.lm import LM, layer_plan
 
@@ -93,6 +94,14 @@ def test_padding_changes_nothing(name):
 def test_unrolled_and_rematerialised_equal_scanned(fields):
     batch = small.batch(rows=2)
     scanned, other = small.outputs("aux_free", batch), small.outputs("aux_free", batch, **fields)
+    assert small.largest_difference(scanned, other) < 1e-5
+
+
+def test_unrolled_as_on_a_gpu_equals_scanned(monkeypatch):
+    batch = small.batch(rows=2)
+    scanned = small.outputs("aux_free", batch)
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")  # lookups without scatters, gradients put together
+    other = small.outputs("aux_free", batch, scan_layers=False, remat="dots")
     assert small.largest_difference(scanned, other) < 1e-5
 
 

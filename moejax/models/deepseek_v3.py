@@ -99,7 +99,7 @@ class DeepseekV3(parts.Decoder):
     def further_losses(self, x, inputs, table, kernel):
         nats = []
         for k in range(self.config.num_nextn_predict_layers):
-            ahead = jnp.take(table, _shifted(inputs.tokens, k + 1), axis=0).astype(x.dtype)
+            ahead = layers.lookup(table, _shifted(inputs.tokens, k + 1)).astype(x.dtype)
             x = NextToken(self.config, k, self.implementation, name=f"mtp_{k}")(x, ahead, inputs)
             counted = inputs.mask & (_shifted(inputs.segment_ids, k + 2) == inputs.segment_ids)
             total = loss.of_hidden(x, kernel, _shifted(inputs.tokens, k + 2), counted)

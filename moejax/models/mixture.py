@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from moejax import balance, expert_parallel, layers, routing, routing_stats
@@ -18,8 +17,7 @@ from moejax.models import parts
 def router_logits(module: nn.Module, x: jax.Array, num_experts: int) -> jax.Array:
     """float32 logits (B, L, E) of x (B, L, D) by the parameter `router` (D, E)."""
     kernel = layers.parameter(module, "router", parts.INIT, (x.shape[-1], num_experts), ("embed", "router_experts"))
-    wide = x.astype(jnp.float32)
-    return jnp.einsum("bld,de->ble", wide, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return layers.scores(x, kernel)
 
 
 def route(module: nn.Module, logits: jax.Array, inputs: parts.Inputs, router, **options):

@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         inputs = Inputs(tokens, positions, segment_ids, mode, cache_length)
         shape = (self.config.vocab_size, self.config.hidden_size)
         table = layers.parameter(self, "embedding", INIT, shape, ("vocab", "embed"))
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = layers.lookup(table, tokens).astype(self.dtype)
         x = sharding.constrain(self.scale_embedding(x), "batch", "length", "activation")
         block = nn.remat(self.block) if self.remat else self.block
         losses: list[dict[str, jax.Array]] = []
