@@ -71,8 +71,8 @@ def report(config: Config, seconds: dict[str, float], step: Step) -> None:
     )
 
 
-def peer(python: str, config: Config, repeats: int, ours: float) -> None:
-    """Prints what transformers takes, in a process of its own; ours: our seconds with the real routing."""
+def peer(python: str, config: Config, repeats: int) -> dict:
+    """What transformers takes, in a process of its own: seconds, bytes (None: not known) and versions."""
     model, moe = config.model, config.model.moe
     assert moe is not None
     sizes = {
@@ -87,10 +87,14 @@ def peer(python: str, config: Config, repeats: int, ours: float) -> None:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(f"--peer_python={python} could not run {PEER.name}: {last}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def report_peer(found: dict, config: Config, ours: float) -> None:
+    """Two lines: the peer's own, and the ratio to our seconds with the real routing."""
     memory_used = "" if found["bytes"] is None else f", {found['bytes'] / 1e9:.1f} GB"
     versions = f"transformers {found['transformers']}, torch {found['torch']}"
-    rate = batch * length / found["seconds"]
+    rate = config.data.batch_size * config.data.sequence_length / found["seconds"]
     print(f"  {versions}: {found['seconds'] * 1e3:.1f} ms {rate:,.0f} tokens/s{memory_used}")
     print(f"  moejax over transformers: {found['seconds'] / ours:.2f}")
 
@@ -104,6 +108,13 @@ def main() -> None:
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
     cases = ({} if config.model.moe is None else {"forced": forced(config)}) | {"real": config}
+    theirs = None
+    if _PEER_PYTHON.value is not None:
+        if config.model.moe is None:
+            raise UserError("--peer_python compares sparse models: give a config with model.moe")
+        # Before anything of ours is on the device: jax doesn't give a GPU's memory back.
+        theirs = peer(_PEER_PYTHON.value, config, _REPEATS.value)
+        print(f"transformers: {theirs['seconds'] * 1e3:.1f} ms", file=sys.stderr, flush=True)
     seconds, step = {}, None
     for name, case in cases.items():
         step = None  # two states may not fit
@@ -111,14 +122,11 @@ def main() -> None:
         step = Step(case, case.data.batch_size, case.data.sequence_length, _DOCUMENTS.value)
         print(f"{name}: compiled and ready in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         seconds[name] = timing.rounds({name: step}, _REPEATS.value)[name][0] / 1e6
+        print(f"{name}: {seconds[name] * 1e3:.1f} ms", file=sys.stderr, flush=True)
     assert step is not None
     report(config, seconds, step)
-    if _PEER_PYTHON.value is not None:
-        if config.model.moe is None:
-            raise UserError("--peer_python compares sparse models: give a config with model.moe")
-        step = None  # the peer needs the memory
-        jax.clear_caches()
-        peer(_PEER_PYTHON.value, config, _REPEATS.value, seconds["real"])
+    if theirs is not None:
+        report_peer(theirs, config, seconds["real"])
 
 
 if __name__ == "__main__":
