@@ -3,8 +3,8 @@
   python experiments/ablate.py --config=experiments/configs/ablations/switch_vs_fine_grained.py --workdir=runs/a
 
 Kill it and call it again at will: every run continues, finished ones are kept. Arms whose active FLOPs per token
-differ by more than 2% are refused, unless the config declares classes of compute. The report (report.json, report.md,
-loss.png, expert_load.png) is of what has been finished; --report_only writes it and trains nothing.
+differ by more than 2% are refused, unless the config declares classes of compute. The report (report.json, report.md
+and pictures of loss, expert load and MaxVio) is of what has been finished; --report_only writes it and trains nothing.
 """
 
 from absl import flags

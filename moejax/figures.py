@@ -39,6 +39,41 @@ def loss_against_flops(arms: Sequence[Arm]) -> Figure:
     return figure
 
 
+def violation_and_loss(arms: Sequence[Arm]) -> Figure | None:
+    """Two panels over the sparse arms: MaxVio over training steps (mean of the seeds' logged lines), and the final
+    held-out loss against the final MaxVio, a point per finished seed. None for fewer than two sparse arms."""
+    sparse = [arm for arm in arms if arm.config.model.moe is not None]
+    if len(sparse) < 2:
+        return None
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    over_steps, against = figure.subplots(1, 2)
+    for i, arm in enumerate(sparse):
+        look = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
+        over_steps.plot(*_mean_violation(arm), label=arm.name, **look)
+        results = [run.result for run in arm.finished if run.result]
+        ends = [(result["max_violation"], result["loss"]) for result in results]
+        against.scatter(*zip(*ends, strict=True) if ends else ((), ()), color=look["color"], label=arm.name, s=20)
+    over_steps.set_xlabel("step")
+    over_steps.set_ylabel("MaxVio in training, mean over layers")
+    against.set_xlabel("MaxVio on the held-out text")
+    against.set_ylabel("held-out loss (nats per token)")
+    over_steps.legend(frameon=False, fontsize=8)
+    for axes in (over_steps, against):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _mean_violation(arm: Arm) -> tuple[list[int], list[float]]:
+    """(steps, mean over runs) of the logged MaxVio, at the steps that all runs with any have logged."""
+    logged = []
+    for run in arm.runs:
+        path = run.folder / metrics.METRICS
+        if path.is_file():
+            logged.append({line["step"]: line["max_violation"] for line in metrics.read_lines(path)})
+    steps = sorted(set.intersection(*map(set, logged))) if logged else []
+    return steps, [float(np.mean([run[step] for run in logged])) for step in steps]
+
+
 def loss_curves(runs: Mapping[str, Path]) -> Figure:
     """Training loss over steps (from metrics.jsonl), a line per run folder."""
     figure = Figure(figsize=(7, 4), layout="constrained")

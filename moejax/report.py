@@ -19,7 +19,7 @@ from moejax.ablation import Arm, dense_arm, flops_to_dense_loss, mean_and_std, t
 from moejax.config import MoEConfig
 
 Classes = Mapping[str, Sequence[str]] | None
-LOSS_FIGURE, LOAD_FIGURE = "loss.png", "expert_load.png"
+LOSS_FIGURE, LOAD_FIGURE, VIOLATION_FIGURE = "loss.png", "expert_load.png", "max_violation.png"
 HEADER = (
     "arm", "seeds", "loss", "bits per byte", "tokens/s", "parameters", "active", "MFLOPs/token", "router MFLOPs",
     "MaxVio", "dropped: train", "dropped: held-out", "training FLOPs", "FLOPs to dense loss",
@@ -200,6 +200,8 @@ def markdown(arms: Sequence[Arm], classes: Classes = None, title: str = "Ablatio
     sections.append(f"## Figures\n\n![Held-out loss against training FLOPs]({LOSS_FIGURE})")
     if any(arm.config.model.moe is not None for arm in arms):
         sections.append(f"![Expert load by layer over training]({LOAD_FIGURE})")
+    if sum(arm.config.model.moe is not None for arm in arms) > 1:
+        sections.append(f"![MaxVio over training, and the loss against it]({VIOLATION_FIGURE})")
     if extra:
         sections.append(extra)
     sections.append("## Settings\n\n" + "\n".join(f"- {line}" for line in settings(arms)))
@@ -258,7 +260,8 @@ def write(
     title: str = "Ablation",
     extra: str = "",
 ) -> None:
-    """Writes report.json, report.md, loss.png and, for sparse arms, expert_load.png into `workdir`."""
+    """Writes report.json, report.md, loss.png and, for sparse arms, expert_load.png into `workdir`; for two or more of
+    them max_violation.png."""
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_whole(workdir / "report.json", json.dumps(to_json(arms), indent=1) + "\n")
@@ -266,4 +269,7 @@ def write(
     load = figures.expert_load(figures.first_finished(arms))
     if load is not None:
         load.savefig(workdir / LOAD_FIGURE, dpi=120)
+    violation = figures.violation_and_loss(arms)
+    if violation is not None:
+        violation.savefig(workdir / VIOLATION_FIGURE, dpi=120)
     metrics.write_whole(workdir / "report.md", markdown(arms, classes, title, extra))

@@ -43,7 +43,8 @@ def write_run(workdir, arm: str, seed: int, losses: dict[int, float], finished=T
     folder.mkdir(parents=True)
     evaluations = [{"step": step, "loss": loss} for step, loss in losses.items()]
     (folder / metrics.EVALUATIONS).write_text("".join(json.dumps(line) + "\n" for line in evaluations))
-    lines = [{"step": step, "loss": loss + 0.1} for step, loss in losses.items()]
+    violation = 0.5 if sparse else None
+    lines = [{"step": step, "loss": loss + 0.1, "max_violation": violation} for step, loss in losses.items()]
     (folder / metrics.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     if sparse:
         loads = [{"step": step, "load": [[4, 0, 2, 2], [2, 2, 2, 2]]} for step in losses]

@@ -21,7 +21,7 @@ from moejax.config import Config, MoEConfig, ablation_from_config_dict, diff, fr
 from moejax.errors import UserError
 
 SMALL = ["dense", "hash", "switch", "gshard", "fine_grained", "fine_grained_aux_free", "expert_choice"]
-ABLATIONS = ["switch_vs_fine_grained", "deepseekmoe_validation"]
+ABLATIONS = ["switch_vs_fine_grained", "deepseekmoe_validation", "balance"]
 
 
 def load(name: str):
@@ -54,10 +54,21 @@ def test_ablations_apply_a_change_of_the_base_to_every_arm(name):
     values.train.steps, values.model.ffn_width, values.seeds = 7, 128, (5,)
     ablation = ablation_from_config_dict(values)
     assert ablation.seeds == (5,)
-    assert "dense" in ablation.arms and ablation.arms["dense"].model.moe is None
+    assert name == "balance" or ablation.arms["dense"].model.moe is None
     for arm in ablation.arms.values():
         assert (arm.train.steps, arm.model.ffn_width) == (7, 128)
         assert arm.model.moe is None or arm.model.moe.expert_width in (32, 64, 128)
+
+
+def test_the_balance_ablation_changes_balancing_alone():
+    arms = ablation_from_config_dict(load("ablations.balance")).arms
+    found = {name: (arm.model.moe.load_balance_weight, arm.model.moe.bias_update_rate) for name, arm in arms.items()}
+    assert found == {
+        "none": (0, 0), "aux_0001": (0.001, 0), "aux_001": (0.01, 0), "aux_01": (0.1, 0),
+        "bias_0001": (0, 0.001), "bias_001": (0, 0.01), "bias_01": (0, 0.1),
+    }  # fmt: skip
+    rest = {dataclasses.replace(a.model.moe, load_balance_weight=0.0, bias_update_rate=0.0) for a in arms.values()}
+    assert len(rest) == 1
 
 
 def test_an_ablations_mistakes():

@@ -125,6 +125,19 @@ def test_loads_are_in_even_shares(tmp_path):
     assert [axes.get_title() for axes in panels if axes.get_title()] == ["switch, layer 0", "switch, layer 1"]
 
 
+def test_violation_is_drawn_over_steps_and_against_the_loss(tmp_path):
+    for name, loss in (("even", 2.0), ("free", 1.5)):
+        for seed in (0, 1):
+            write_run(tmp_path, name, seed, {2: 3.0, 4: loss + seed}, sparse=True)
+    arms = ablation.collect(plan(tmp_path, even=SWITCH, free=SWITCH), tmp_path)
+    over_steps, against = figures.violation_and_loss(arms).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in over_steps.get_lines()}
+    assert drawn == {"even": [[2.0, 0.5], [4.0, 0.5]], "free": [[2.0, 0.5], [4.0, 0.5]]}
+    points = {dots.get_label(): dots.get_offsets().tolist() for dots in against.collections}
+    assert points == {"even": [[0.25, 2.0], [0.25, 3.0]], "free": [[0.25, 1.5], [0.25, 2.5]]}
+    assert figures.violation_and_loss(arms[:1]) is None
+
+
 def test_the_loss_figure_has_a_line_per_arm_and_the_dense_loss(tmp_path):
     arms = arms_with(tmp_path, (2.0, 2.5), (1.9, 2.4))
     (axes,) = figures.loss_against_flops(arms).axes
