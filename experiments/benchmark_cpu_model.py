@@ -1,11 +1,13 @@
 """The sections of benchmark_cpu.py that run whole training steps: against dense, against a peer, and compiling."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,22 +111,56 @@ def layer_parts(config: Config, batch: int, length: int) -> dict[str, Callable[[
 
 
 def benchmark_peer(medians: Medians, repeats: int, peer_python: str | None) -> None:
-    """Our training step against transformers' grouped_mm on the same sizes, tokens and optimizer, in one run."""
+    """Our training step and transformers' grouped_mm in turns, on the same sizes, tokens and optimizer."""
     tokens = SIZES["batch"] * SIZES["length"]
-    ours = medians({"ours": Step(peer_config(), SIZES["batch"], SIZES["length"])}, repeats)["ours"]
+    steps: dict[str, Callable[[], object]] = {"moejax": Step(peer_config(), SIZES["batch"], SIZES["length"])}
     print(f"\ntraining step of a qwen3_moe-shaped model ({tokens} tokens, AdamW, float32); medians of {repeats}")
-    print(f"  moejax        {ours * 1e3:7.0f} ms {tokens / ours:8,.0f} tokens/s")
+    with contextlib.ExitStack() as stack:
+        if peer_python is not None:
+            steps["transformers"] = peer = stack.enter_context(PeerStep(peer_python))
+        seconds = medians(steps, repeats)
+    for name, each in seconds.items():
+        print(f"  {name:14}{each * 1e3:7.0f} ms {tokens / each:8,.0f} tokens/s")
     if peer_python is None:
         print("  transformers: not run; give --peer_python=PATH of an interpreter that has torch and transformers")
-        return
-    command = [peer_python, str(PEER), json.dumps(SIZES | {"repeats": repeats})]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"--peer_python={peer_python} could not run {PEER.name}: {last}")
-    peer = json.loads(done.stdout.strip().splitlines()[-1])
-    print(f"  transformers  {peer['seconds'] * 1e3:7.0f} ms {tokens / peer['seconds']:8,.0f} tokens/s")
-    print(f"  moejax over transformers: {peer['seconds'] / ours:.2f} (torch {peer['torch']}, 2 threads)")
+    else:
+        ratio = seconds["transformers"] / seconds["moejax"]
+        print(f"  moejax over transformers: {ratio:.2f} (torch {peer.versions['torch']}, {SIZES['threads']} threads)")
+
+
+class PeerStep:
+    """transformers' step, in a process of its own that waits between calls."""
+
+    def __init__(self, python: str):
+        self._python = python
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
+        self._process = subprocess.Popen(
+            [python, str(PEER), json.dumps(SIZES)], text=True, stderr=self._errors,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        self.versions = json.loads(self._answer())
+
+    def __call__(self) -> None:
+        assert self._process.stdin is not None
+        print(file=self._process.stdin, flush=True)
+        self._answer()
+
+    def __enter__(self) -> "PeerStep":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            last = (self._errors.read().strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"--peer_python={self._python} could not run {PEER.name}: {last}")
+        return line
 
 
 def benchmark_compile() -> None:

@@ -1,12 +1,11 @@
 """Training tokens/s of a small qwen3_moe in transformers on the CPU: the peer of benchmark_cpu's `peer` section.
 
-Standalone: runs in an interpreter of its own that has torch and transformers. Prints one JSON object a line.
+Standalone: runs in an interpreter of its own that has torch and transformers. Prints its sizes and versions as one
+JSON object; then takes a step for each line that comes in, and answers each with an empty line.
 """
 
 import json
-import statistics
 import sys
-import time
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -42,12 +41,8 @@ def step() -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-for _ in range(2):
-    step()
-seconds = []
-for _ in range(sizes["repeats"]):
-    start = time.perf_counter()
-    step()
-    seconds.append(time.perf_counter() - start)
 parameters = sum(p.numel() for p in model.parameters())
-print(json.dumps({"seconds": statistics.median(seconds), "parameters": parameters, "torch": torch.__version__}))
+print(json.dumps({"parameters": parameters, "torch": torch.__version__}), flush=True)
+for _ in sys.stdin:
+    step()
+    print(flush=True)
