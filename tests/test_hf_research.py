@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import small
 
+from experiments.configs import fine_grained
+from moejax import config as config_module
 from moejax import hf_export, hf_research, models
 from moejax.config import MoEConfig
 from moejax.errors import UserError
@@ -39,6 +41,14 @@ def test_an_exported_research_lm_has_the_same_logits(name, fields, tmp_path):
     model, loaded = models.load_hf(tmp_path / "out")
     logits = np.asarray(jax.jit(model.apply)(loaded, TOKENS))
     assert np.max(np.abs(logits - wanted)) <= 1e-5 * np.std(wanted)
+
+
+def test_fine_grained_as_it_is_exports_as_deepseekmoe():
+    config = config_module.from_config_dict(fine_grained.get_config()).model
+    config = dataclasses.replace(config, num_layers=1, width=16, ffn_width=32, vocab_size=257)
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, expert_width=8))
+    variables = nn.unbox(jax.jit(LM(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
+    assert hf_research.as_published(config, variables["params"])[0] is models.FAMILIES["deepseek"]
 
 
 def test_what_is_no_case_of_a_family_is_refused_with_every_reason():

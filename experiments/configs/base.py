@@ -16,7 +16,9 @@ from moejax.schema import to_config_dict
 
 def get_config() -> ConfigDict:
     config = to_config_dict(Config())
-    config.model.update(num_layers=4, width=128, num_heads=4, num_kv_heads=4, ffn_width=512)
+    # Without QK-norm, as the models of most of the papers compared; so `fine_grained` is an architecture that others
+    # know, DeepSeekMoE's, and its runs can be exported.
+    config.model.update(num_layers=4, width=128, num_heads=4, num_kv_heads=4, ffn_width=512, qk_norm=False)
     config.data.update(source="python-stdlib", tokenizer="bytes", sequence_length=256, batch_size=16)
     config.optimizer.update(learning_rate=2e-3, schedule="cosine", warmup_steps=20)
     config.train.update(steps=200, log_every=10, eval_every=100, checkpoint_every=100)

@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.model.update(
         num_layers=14, first_dense_layers=1, width=2048, num_heads=16, num_kv_heads=16, ffn_width=10944,
-        vocab_size=102400, qk_norm=False, dtype="bfloat16", param_dtype="bfloat16", remat="dots", scan_layers=False,
+        vocab_size=102400, dtype="bfloat16", param_dtype="bfloat16", remat="dots", scan_layers=False,
     )  # fmt: skip
     config.model.moe = base.moe(
         router="moejax.routing:top_k",

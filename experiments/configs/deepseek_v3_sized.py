@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.model.update(
         num_layers=61, first_dense_layers=3, width=7168, num_heads=96, num_kv_heads=6, head_dim=128, ffn_width=18432,
-        vocab_size=129280, dtype="bfloat16", remat="full",
+        vocab_size=129280, qk_norm=True, dtype="bfloat16", remat="full",
     )  # fmt: skip
     config.model.moe = base.moe(
         router="moejax.routing:sigmoid_top_k",

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.model.update(
         num_layers=16, width=2048, num_heads=16, num_kv_heads=16, vocab_size=50304, norm_eps=1e-5,
-        dtype="bfloat16", param_dtype="bfloat16", remat="dots", scan_layers=False,
+        qk_norm=True, dtype="bfloat16", param_dtype="bfloat16", remat="dots", scan_layers=False,
     )  # fmt: skip
     config.model.moe = base.moe(
         router="moejax.routing:top_k",

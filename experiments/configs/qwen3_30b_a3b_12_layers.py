@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.model.update(
         num_layers=12, width=2048, num_heads=32, num_kv_heads=4, head_dim=128, vocab_size=151936, rope_theta=1e6,
-        dtype="bfloat16", param_dtype="bfloat16", remat="dots", scan_layers=False,
+        qk_norm=True, dtype="bfloat16", param_dtype="bfloat16", remat="dots", scan_layers=False,
     )  # fmt: skip
     config.model.moe = base.moe(
         router="moejax.routing:top_k",
