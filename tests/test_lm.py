@@ -100,7 +100,7 @@ def test_unrolled_and_rematerialised_equal_scanned(fields):
 def test_unrolled_as_on_a_gpu_equals_scanned(monkeypatch):
     batch = small.batch(rows=2)
     scanned = small.outputs("aux_free", batch)
-    monkeypatch.setattr(sharding, "platform", lambda: "gpu")  # lookups without scatters, gradients put together
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")  # lookups without scatters
     other = small.outputs("aux_free", batch, scan_layers=False, remat="dots")
     assert small.largest_difference(scanned, other) < 1e-5
 
