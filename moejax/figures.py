@@ -42,17 +42,17 @@ def loss_against_flops(arms: Sequence[Arm]) -> Figure:
 def violation_and_loss(arms: Sequence[Arm]) -> Figure | None:
     """Two panels over the sparse arms: MaxVio over training steps (mean of the seeds' logged lines), and the final
     held-out loss against the final MaxVio, a point per finished seed. None for fewer than two sparse arms."""
-    sparse = [arm for arm in arms if arm.config.model.moe is not None]
+    sparse = {i: arm for i, arm in enumerate(arms) if arm.config.model.moe is not None}  # coloured as in the loss figure
     if len(sparse) < 2:
         return None
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     over_steps, against = figure.subplots(1, 2)
-    for i, arm in enumerate(sparse):
-        look = {"color": COLOURS[i % len(COLOURS)], "linestyle": "-" if i < len(COLOURS) else "--"}
-        over_steps.plot(*_mean_violation(arm), label=arm.name, **look)
+    for i, arm in sparse.items():
+        colour = COLOURS[i % len(COLOURS)]
+        over_steps.plot(*_mean_violation(arm), label=arm.name, color=colour)
         results = [run.result for run in arm.finished if run.result]
         ends = [(result["max_violation"], result["loss"]) for result in results]
-        against.scatter(*zip(*ends, strict=True) if ends else ((), ()), color=look["color"], label=arm.name, s=20)
+        against.scatter(*zip(*ends, strict=True) if ends else ((), ()), color=colour, label=arm.name, s=20)
     over_steps.set_xlabel("step")
     over_steps.set_ylabel("MaxVio in training, mean over layers")
     against.set_xlabel("MaxVio on the held-out text")
