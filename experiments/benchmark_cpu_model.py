@@ -142,7 +142,8 @@ class PeerStep:
 
     def __call__(self) -> None:
         assert self._process.stdin is not None
-        print(file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer either
+            print(file=self._process.stdin, flush=True)
         self._answer()
 
     def __enter__(self) -> "PeerStep":

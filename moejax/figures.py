@@ -42,13 +42,13 @@ def loss_against_flops(arms: Sequence[Arm]) -> Figure:
 def violation_and_loss(arms: Sequence[Arm]) -> Figure | None:
     """Two panels over the sparse arms: MaxVio over training steps (mean of the seeds' logged lines), and the final
     held-out loss against the final MaxVio, a point per finished seed. None for fewer than two sparse arms."""
-    sparse = {i: arm for i, arm in enumerate(arms) if arm.config.model.moe is not None}  # coloured as in the loss figure
+    sparse = {i: arm for i, arm in enumerate(arms) if arm.config.model.moe is not None}
     if len(sparse) < 2:
         return None
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     over_steps, against = figure.subplots(1, 2)
     for i, arm in sparse.items():
-        colour = COLOURS[i % len(COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]  # an arm's is the same in the loss figure
         over_steps.plot(*_mean_violation(arm), label=arm.name, color=colour)
         results = [run.result for run in arm.finished if run.result]
         ends = [(result["max_violation"], result["loss"]) for result in results]
