@@ -1,10 +1,10 @@
 """Three small language models of equal active FLOPs on the Python standard library's source, side by side.
 
-  python experiments/demo.py            (`make demo`, four and a half minutes on two quiet cores)
+  python experiments/demo.py            (`make demo`, five minutes on two cores)
 
 Trains `dense`, `switch` (top-1 of 16 experts) and `fine_grained_aux_free` (1 shared + top-3 of 63 of a quarter of the
 width, balanced by the bias rule), stops that one half-way and resumes it from its checkpoint, samples a continuation,
-and writes runs/demo/report.md with two figures. Called again, it continues or shows what is there.
+and writes runs/demo/report.md with figures. Called again, it continues or shows what is there.
 """
 
 import resource

@@ -119,7 +119,8 @@ class Stream:
     """One prompt and what follows it, printed as text, bytes held back that don't yet make a character."""
 
     def __init__(self, tokenizer, prompt: str, stops: set[int]):
-        self.tokenizer, self.prompt, self.stops, self.shown = tokenizer, prompt, stops, ""
+        self.tokenizer, self.stops, self.shown = tokenizer, stops, ""
+        self.prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a shell gives any bytes
         self.tokens: list[int] = []
         self.ended = False
 

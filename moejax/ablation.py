@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moejax import accounting, data, environment, host_memory, metrics, tokenizers, train
+from moejax import accounting, config_checks, data, environment, host_memory, metrics, tokenizers, train
 from moejax.accounting import Account
 from moejax.config import Ablation, Config
 from moejax.errors import UserError
@@ -75,6 +75,8 @@ def check(ablation: Ablation) -> dict[str, tuple[Config, Account]]:
         raise UserError("config.data.eval_fraction=0 holds out no text to compare arms on; give a share above 0")
     if len(set(ablation.seeds)) < len(ablation.seeds):
         raise UserError(f"config.seeds={ablation.seeds} has a seed twice; give different ones")
+    for seed in ablation.seeds:
+        config_checks.check_seed(seed, "config.seeds")
     arms = {
         name: train.with_vocabulary(config, tokenizers.load(config.data.tokenizer).vocab_size)
         for name, config in ablation.arms.items()
@@ -166,7 +168,10 @@ def read_result(config: Config, folder: Path) -> dict[str, Any] | None:
 
 
 def collect(ablation: Ablation, workdir: str | os.PathLike[str]) -> list[Arm]:
-    """What stands in `workdir`, finished or not, in the config's order. Trains nothing. Raises as `check`."""
+    """What stands in `workdir`, finished or not, in the config's order. Trains nothing.
+
+    Raises UserError as `check`, and where a run that stands there is another config's.
+    """
     return [
         Arm(name, config, account, tuple(_read(config, folder_of(workdir, name, s), s) for s in ablation.seeds))
         for name, (config, account) in check(ablation).items()
@@ -174,6 +179,7 @@ def collect(ablation: Ablation, workdir: str | os.PathLike[str]) -> list[Arm]:
 
 
 def _read(config: Config, folder: Path, seed: int) -> Run:
+    train.check_resumable(metrics.read_config(folder), dataclasses.replace(config, seed=seed), folder)
     result = read_result(config, folder)
     path = folder / metrics.EVALUATIONS
     losses = {line["step"]: line["loss"] for line in metrics.read_lines(path)} if path.is_file() else {}

@@ -5,7 +5,9 @@ Each check raises one line that says what was given, what is needed and what to 
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from moejax import attention, dotted, exchange, schema
@@ -27,6 +29,13 @@ def check(config: Config) -> None:
     _check_optimizer(config.optimizer)
     _check_train(config.train)
     _check_mesh(config.mesh)
+    check_seed(config.seed, "config.seed")
+
+
+def check_seed(seed: int, name: str) -> None:
+    """A seed that both the data's order and `jax.random.key` take."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"{name}={seed} must be at least 0 and below 2^63")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -130,6 +139,7 @@ def _check_router(moe: MoEConfig, router: Callable[..., Any]) -> None:
         needed = parameters[name].default is inspect.Parameter.empty
         if needed and parameters[name].kind is not inspect.Parameter.VAR_KEYWORD and name not in moe.router_options:
             raise UserError(f"router {moe.router} needs the option config.model.moe.router_options.{name}")
+    _check_option_types(moe, parameters)
     groups = moe.router_options.get("groups")
     if isinstance(groups, int) and (groups < 1 or moe.num_experts % groups):
         raise UserError(
@@ -146,6 +156,24 @@ def _check_router(moe: MoEConfig, router: Callable[..., Any]) -> None:
             f"config.model.moe.bias_update_rate={moe.bias_update_rate} needs a router with a selection bias "
             f"(moejax.routing:sigmoid_top_k), not {moe.router}"
         )
+
+
+_KINDS = {bool: "True or False", int: "an int", float: "a number", str: "a string", types.NoneType: "None"}
+
+
+def _check_option_types(moe: MoEConfig, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """An option must be of the type that the router's signature gives it, by annotation or else by its default."""
+    for name, value in moe.router_options.items():
+        if name not in parameters:
+            continue
+        parameter = parameters[name]
+        kinds = set(typing.get_args(parameter.annotation)) or {parameter.annotation}
+        if parameter.annotation is inspect.Parameter.empty and parameter.default not in (inspect.Parameter.empty, None):
+            kinds = {type(parameter.default)}
+        taken = type(value) in kinds or (float in kinds and type(value) is int)
+        if kinds <= _KINDS.keys() and not taken:  # of any other kind nothing is known
+            needed = " or ".join(words for kind, words in _KINDS.items() if kind in kinds)
+            raise UserError(f"config.model.moe.router_options.{name}={value!r}: router {moe.router} needs {needed}")
 
 
 def _check_data(data: DataConfig, train: TrainConfig) -> None:

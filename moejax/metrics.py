@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import tqdm
 
-from moejax import accounting, checkpoint, environment
+from moejax import accounting, checkpoint, environment, tensorboard
 from moejax.config import Config, from_config_dict, to_dict
 from moejax.errors import UserError
 
@@ -65,7 +65,7 @@ class Writer:
         self._start, self._said = 0, -QUIET_SECONDS
         self._step_tokens = config.data.batch_size * config.data.sequence_length
         self._bar: tqdm.tqdm | None = None
-        self._board: Any = None
+        self._board: tensorboard.Board | None = None
         if flops_per_token is None:
             flops_per_token = accounting.account(config.model, config.data.sequence_length).train_flops_per_token
         peak = environment.peak_flops(jax.devices()[0].device_kind)
@@ -123,7 +123,7 @@ class Writer:
         """Call before each step: traces steps train.profile_steps = (first, last) into workdir/profile."""
         if not self._profile:
             return
-        if step == self._profile[0] and not self._profiling:
+        if self._profile[0] <= step <= self._profile[1] and not self._profiling:
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self._profiling = True
         elif step == self._profile[1] + 1:
@@ -147,12 +147,8 @@ class Writer:
 
     def _tensorboard(self, step: int, values: Mapping[str, Any]) -> None:
         if self._board is None:
-            from tensorboardX import SummaryWriter  # slow to import
-
-            self._board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=self._start + 1)
-        for name, value in values.items():
-            if isinstance(value, int | float) and name != "step":
-                self._board.add_scalar(name, value, step)
+            self._board = tensorboard.Board(self.workdir / "tensorboard", first=self._start + 1)
+        self._board.add(step, {name: value for name, value in values.items() if not name.endswith("step")})
 
     def _show(self, values: Mapping[str, Any]) -> None:
         if not self.progress:
@@ -198,11 +194,15 @@ def read_config(workdir: str | os.PathLike[str]) -> Config | None:
     path = Path(workdir) / "config.json"
     if path.is_file():
         try:
-            return from_config_dict(json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError(f"it holds a {type(values).__name__}, not a table of fields")
+        except (OSError, ValueError) as error:  # JSON's and UTF-8's errors are ValueErrors
+            raise UserError(f"{path} is not whole ({error}); restore it or give another --workdir") from error
+        try:
+            return from_config_dict(values)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not whole ({error}); restore it or give another --workdir") from error
     stored = checkpoint.read_config(workdir)
     return None if stored is None else from_config_dict(stored.get("run", stored))
 

@@ -67,13 +67,13 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     check_resumable(stored, config, workdir)
     check_batch(config, mesh)
     if jax.process_count() > 1:
-        distributed.check_alike(facts(config, workdir, corpus.content_hash))
+        distributed.check_alike(facts(config, workdir, corpus))
 
     model: nn.Module = LM(config.model) if family is None else published.model(family, config, corpus.vocab_size)
     tx = optimizer.make(config.optimizer)
     with implementations_named(config):
         shardings = state_shardings(model, tx, mesh)
-    state = begin(workdir, config, model, tx, mesh, shardings, corpus.content_hash)
+    state = begin(workdir, config, model, tx, mesh, shardings, corpus)
     start, end = int(state.step), min(config.train.steps, stop_at or config.train.steps)
 
     sizes = None if family is None else published.count(family)
@@ -213,7 +213,7 @@ def check_batch(config: Config, mesh) -> None:
         )
 
 
-def facts(config: Config, workdir: Path, content_hash: str) -> dict[str, Any]:
+def facts(config: Config, workdir: Path, corpus: data.Corpus) -> dict[str, Any]:
     """What has to be the same in every process of a run; paths may be spelt as each host has them."""
     own = ("config.data.source", "config.data.cache_dir", "config.data.tokenizer", "config.train.init_from")
     fields = {f"config.{path}": value for path, value in schema.leaves(configs.to_dict(config))}
@@ -221,19 +221,20 @@ def facts(config: Config, workdir: Path, content_hash: str) -> dict[str, Any]:
         **{path: value for path, value in fields.items() if path not in own},
         **{f"the version of {name}": environment.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "the git commit": environment.git_commit(Path(__file__).parent),
-        "the text's content hash": content_hash,
+        "the text's content hash": corpus.content_hash,
+        "the tokenizer's": corpus.tokenizer.fingerprint,
         "the checkpoints in --workdir, which must be shared": checkpoint.steps(workdir),
     }
 
 
-def begin(workdir: Path, config: Config, model, tx, mesh, shardings: TrainState, content_hash: str) -> TrainState:
+def begin(workdir: Path, config: Config, model, tx, mesh, shardings: TrainState, corpus: data.Corpus) -> TrainState:
     """The state to go on from: of the newest whole checkpoint, else new, with parameters of train.init_from if given.
 
     UserError where a device can't hold it.
     """
     shapes = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
     memory.check_state(memory.of_state(shapes, shardings), memory.limit(), config)
-    state = restore(workdir, shapes, shardings, content_hash)
+    state = restore(workdir, shapes, shardings, corpus.content_hash, corpus.tokenizer.text)
     if state is None:
         state = create(model, tx, mesh, config.seed)
         if config.train.init_from:
@@ -241,8 +242,13 @@ def begin(workdir: Path, config: Config, model, tx, mesh, shardings: TrainState,
     return state
 
 
-def restore(workdir: Path, shapes: TrainState, shardings: TrainState, content_hash: str) -> TrainState | None:
-    """The state of the newest whole checkpoint, on the mesh of `shardings`; None where there is none."""
+def restore(
+    workdir: Path, shapes: TrainState, shardings: TrainState, content_hash: str, tokenizer: str | None = None
+) -> TrainState | None:
+    """The state of the newest whole checkpoint, on the mesh of `shardings`; None where there is none.
+
+    tokenizer: the text of its file, None for bytes. UserError where the text or the tokenizer is another than then.
+    """
     targets = {name: _like(getattr(shapes, name), getattr(shardings, name)) for name in TREES}
     found = checkpoint.restore(workdir, targets)
     if found is None:
@@ -252,6 +258,11 @@ def restore(workdir: Path, shapes: TrainState, shardings: TrainState, content_ha
         raise UserError(
             f"{workdir}: the text has changed since step {found.step} (content {before[:12]}, now {content_hash[:12]}):"
             " restore the files, or give another --workdir"
+        )
+    if found.data.get("tokenizer", tokenizer) != tokenizer:
+        raise UserError(
+            f"{workdir}: the tokenizer's file has changed since step {found.step}, and its ids mean other text now: "
+            "restore the file, or give another --workdir"
         )
     step = jax.device_put(jnp.asarray(found.step, jnp.int32), shardings.step)
     return TrainState(step=step, **{name: found.trees[name] for name in TREES})

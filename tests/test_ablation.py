@@ -178,6 +178,8 @@ def test_a_finished_run_of_another_config_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(metrics.to_dict(stored)))
     with pytest.raises(UserError, match=r"optimizer\.learning_rate: 1.0 -> 0.001"):
         ablation.run(ablated, tmp_path, progress=False)
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 1.0 -> 0.001"):
+        ablation.collect(ablated, tmp_path)  # nor is it shown as if it were this one's
 
 
 @pytest.mark.slow  # four runs of a tiny model, compiled one by one

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from experiments import cli
 from moejax import config as configs
-from moejax import schema
+from moejax import config_checks, schema
 from moejax.config import Config, MoEConfig, ablation_from_config_dict, diff, from_config_dict, settle
 from moejax.errors import UserError
 
@@ -58,6 +58,31 @@ def test_ablations_apply_a_change_of_the_base_to_every_arm(name):
     for arm in ablation.arms.values():
         assert (arm.train.steps, arm.model.ffn_width) == (7, 128)
         assert arm.model.moe is None or arm.model.moe.expert_width in (32, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("router", "options", "line"),
+    [
+        ("top_k", {"renormalize": "no"}, r"renormalize='no': router moejax.routing:top_k needs True or False"),
+        ("sigmoid_top_k", {"scale": "2.5"}, r"scale='2.5': .* needs a number"),
+        ("group_limited_sigmoid", {"groups": "4", "groups_kept": 2}, r"groups='4': .* needs an int"),
+        ("group_limited_sigmoid", {"groups": 4.0, "groups_kept": 2}, r"groups=4.0: .* needs an int"),
+        ("hash", {"seed": 1.5}, r"seed=1.5: .* needs an int"),
+        ("vmoe", {"noise_std": "x"}, r"noise_std='x': .* needs a number or None"),
+    ],
+)
+def test_mistyped_router_options(router, options, line):
+    moe = MoEConfig(router=f"moejax.routing:{router}", num_experts=8, experts_per_token=2, router_options=options)
+    with pytest.raises(UserError, match=r"config\.model\.moe\.router_options\." + line):
+        config_checks.check_moe(moe)
+    config_checks.check_moe(MoEConfig(router="moejax.routing:vmoe", router_options={"noise_std": None}))
+    config_checks.check_moe(MoEConfig(router="moejax.routing:sigmoid_top_k", router_options={"scale": 2}))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range(seed):
+    with pytest.raises(UserError, match=rf"config\.seed={seed} must be at least 0 and below 2\^63"):
+        config_checks.check_seed(seed, "config.seed")
 
 
 def test_the_balance_ablation_changes_balancing_alone():

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import struct
 import sys
 
 import jax.numpy as jnp
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboardX.proto import event_pb2
 
-from moejax import accounting, checkpoint, environment, metrics
+from moejax import accounting, checkpoint, environment, metrics, tensorboard
 from moejax.config import Config, ModelConfig, MoEConfig, to_dict
 from moejax.errors import UserError
 
@@ -115,6 +118,38 @@ def test_tensorboard_and_environment_are_written(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*"))
     record = json.loads((tmp_path / "environment.jsonl").read_text())
     assert record["packages"]["jax"] and record["devices"]["count"] == 8
+
+
+def scalars(path):
+    """(step, name, value) of an event file: records of a length, its checksum, an event and its checksum."""
+    data, found = path.read_bytes(), []
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        event, data = event_pb2.Event.FromString(data[12 : 12 + length]), data[16 + length :]
+        found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def test_tensorboard_holds_what_was_given_and_hides_what_came_after_a_checkpoint(tmp_path):
+    board = tensorboard.Board(tmp_path, first=3)
+    board.add(3, {"loss": 1.5, "none": None, "per_layer": [1.0]})
+    (path,) = tmp_path.iterdir()
+    assert scalars(path) == [(3, "loss", 1.5)]  # at once, not when it is closed
+    board.close()
+    assert event_pb2.SessionLog(status=event_pb2.SessionLog.START).SerializeToString() in path.read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path, monkeypatch, caplog):
+    board = tensorboard.Board(tmp_path, first=1)
+    board._file._writer.close()
+    monkeypatch.setattr(board._file, "_writer", open("/dev/full", "wb"))  # noqa: SIM115
+    for step in (1, 2, 3):
+        board.add(step, {"loss": 1.0})
+    board.close()
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: no more scalars for TensorBoard (No space left on device); the run goes on"
+    ]
 
 
 @pytest.mark.parametrize(

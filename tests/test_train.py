@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import small
 
-from moejax import checkpoint, data, metrics, optimizer, sharding, train, train_step
+from moejax import checkpoint, data, metrics, optimizer, sharding, tokenizers, train, train_step
 from moejax.config import Config, MeshConfig
 from moejax.errors import UserError
 from moejax.models.lm import LM
@@ -139,7 +139,7 @@ def test_lines_have_every_field_once_and_learn(place, name):
         assert len(found[-1]["max_violation_per_layer"]) == 2
 
 
-@pytest.mark.long  # tests/test_restore_meshes.py and test_distributed.py hold the pieces
+@pytest.mark.slow  # two more compilations
 def test_a_run_goes_on_on_another_mesh(place, tmp_path):
     name, mesh = "aux_free", {"data": 2, "fsdp": 2}
     workdir = copy(interrupted(place, name), tmp_path)
@@ -403,6 +403,20 @@ def test_changed_text_is_refused(place, tmp_path):
     changed = dataclasses.replace(changed, data=dataclasses.replace(changed.data, source=f"text:{tmp_path}/text/*.txt"))
     with pytest.raises(UserError, match="the text has changed since step 5"):
         go(changed, workdir)
+
+
+def test_a_changed_tokenizer_file_is_refused(place, tmp_path, monkeypatch):
+    workdir = copy(interrupted(place, "dense"), tmp_path)
+    monkeypatch.setattr(tokenizers.ByteTokenizer, "text", "{}")  # as if this one were a file's, and not the run's
+    with pytest.raises(UserError, match="the tokenizer's file has changed since step 5"):
+        go(config(place), workdir)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"null", b'"x"', b'{"model": '])
+def test_a_damaged_config_file_is_one_line(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"config\.json is not whole \(.*\); restore it or give another --workdir"):
+        metrics.read_config(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["moe", "attention"])

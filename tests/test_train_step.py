@@ -26,7 +26,8 @@ WEIGHTS = {
 }
 MESHES = {"2x4": {"data": 2, "fsdp": 4}, "4x2": {"data": 4, "expert": 2}, "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2}}
 ON_A_MESH = [
-    ("dense", "2x4"), ("switch", "4x2"), ("aux_free", "2x4"), ("expert_choice", "2x4"),
+    ("dense", "2x4"), ("switch", "4x2"), ("aux_free", "2x4"), ("aux_free", "4x2"),
+    ("expert_choice", "2x4"),
     pytest.param("top_k", "2x2x2", marks=pytest.mark.long),  # tests/test_exchange.py has its mesh
 ]  # fmt: skip
 
