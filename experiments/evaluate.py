@@ -49,8 +49,8 @@ def trained() -> None:
     config = dataclasses.replace(config, data=data_config(config.data))
     corpus = data.prepare(config.data)
     if found.data.get("tokenizer", corpus.tokenizer.text) != corpus.tokenizer.text:
-        raise UserError(f"{config.data.tokenizer} is not the tokenizer that --workdir={WORKDIR.value} was trained with: "
-                        "restore the file, or leave --tokenizer out")  # fmt: skip
+        raise UserError(f"{config.data.tokenizer} is not the tokenizer of --workdir={WORKDIR.value}: restore the file, "
+                        "or leave --tokenizer out")  # fmt: skip
     if corpus.content_hash != found.data["content_hash"] and SOURCE.value is None:
         print("warning: the text is not the one that the run was trained on: what is held out of it may have been seen",
               file=sys.stderr)  # fmt: skip
