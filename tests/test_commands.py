@@ -18,6 +18,7 @@ SMALL = [
     "--config.model.num_layers=1", "--config.model.width=32", "--config.model.ffn_width=32",
     "--config.data.sequence_length=16", "--config.data.batch_size=8", "--config.train.steps=6",
     "--config.train.log_every=2", "--config.train.checkpoint_every=4", "--config.train.eval_batches=2",
+    "--config.optimizer.warmup_steps=1",
 ]  # fmt: skip
 
 
@@ -82,7 +83,8 @@ def test_evaluate_ends_with_one_json_object(server, trained):
     assert ended.code == 0, ended.err
     last = json.loads(ended.out.splitlines()[-1])
     assert last["step"] == 6
-    assert 0 < last["loss"] < 6 and 0 < last["bits_per_byte"] < 10 and last["max_violation"] > 0
+    # less than of 257 equally likely tokens, log 257 = 5.55: six steps have taught something
+    assert 0 < last["loss"] < 5.5 and 0 < last["bits_per_byte"] < 10 and last["max_violation"] > 0
     # the whole of the held-out text here, two batches of it in training: the same text, so nearly the same loss
     in_training = json.loads((trained / "evaluations.jsonl").read_text().splitlines()[-1])
     assert abs(last["loss"] - in_training["loss"]) < 0.5
