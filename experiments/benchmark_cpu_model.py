@@ -7,10 +7,8 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -18,16 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from experiments.configs import dense, fine_grained
+from experiments.peer_process import Peer
 from experiments.step import Step, random_batch
 from moejax import config as configs
 from moejax import dispatch, expert_parallel, experts, moe, optimizer, sharding
 from moejax.config import Config, ModelConfig, MoEConfig, OptimizerConfig
-from moejax.errors import UserError
 from moejax.models.lm import LM
 from moejax.train_step import compiled_step, init, state_shardings, to_devices
 
 Medians = Callable[[dict[str, Callable[[], object]], int], dict[str, float]]
-PEER = Path(__file__).parent / "peers" / "cpu_train_step.py"
 # The model of the peer: qwen3_moe-shaped.
 SIZES = {
     "batch": 8, "length": 256, "vocab_size": 512, "num_layers": 4, "width": 256, "num_heads": 8, "num_kv_heads": 4,
@@ -117,7 +114,8 @@ def benchmark_peer(medians: Medians, repeats: int, peer_python: str | None) -> N
     print(f"\ntraining step of a qwen3_moe-shaped model ({tokens} tokens, AdamW, float32); medians of {repeats}")
     with contextlib.ExitStack() as stack:
         if peer_python is not None:
-            steps["transformers"] = peer = stack.enter_context(PeerStep(peer_python))
+            peer = stack.enter_context(Peer(peer_python, "cpu_train_step.py", json.dumps(SIZES)))
+            versions, steps["transformers"] = peer.answer(), peer.go_on
         seconds = medians(steps, repeats)
     for name, each in seconds.items():
         print(f"  {name:14}{each * 1e3:7.0f} ms {tokens / each:8,.0f} tokens/s")
@@ -125,43 +123,7 @@ def benchmark_peer(medians: Medians, repeats: int, peer_python: str | None) -> N
         print("  transformers: not run; give --peer_python=PATH of an interpreter that has torch and transformers")
     else:
         ratio = seconds["transformers"] / seconds["moejax"]
-        print(f"  moejax over transformers: {ratio:.2f} (torch {peer.versions['torch']}, {SIZES['threads']} threads)")
-
-
-class PeerStep:
-    """transformers' step, in a process of its own that waits between calls."""
-
-    def __init__(self, python: str):
-        self._python = python
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
-        self._process = subprocess.Popen(
-            [python, str(PEER), json.dumps(SIZES)], text=True, stderr=self._errors,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        self.versions = json.loads(self._answer())
-
-    def __call__(self) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer either
-            print(file=self._process.stdin, flush=True)
-        self._answer()
-
-    def __enter__(self) -> "PeerStep":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            last = (self._errors.read().strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"--peer_python={self._python} could not run {PEER.name}: {last}")
-        return line
+        print(f"  moejax over transformers: {ratio:.2f} (torch {versions['torch']}, {SIZES['threads']} threads)")
 
 
 def benchmark_compile() -> None:

@@ -12,10 +12,7 @@ experts those that B tokens choose, E · (1 − (1 − K/E)^B) of them when each
 import json
 import os
 import statistics
-import subprocess
-import tempfile
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +20,7 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
+from experiments.peer_process import Peer
 from moejax import hf_import, hf_tensors, models
 from moejax.errors import UserError
 from moejax.models.olmoe import OlmoeConfig
@@ -35,7 +33,6 @@ _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of para
 _BATCH = flags.DEFINE_list("batch", ["8"], "Numbers of prompts, one case each.")
 _NEW = flags.DEFINE_integer("new", 32, "New tokens of each prompt.", lower_bound=2)
 
-PEER = Path(__file__).parent / "peers" / "hf_generate.py"
 SMALL = OlmoeConfig(hidden_size=512, intermediate_size=256, num_hidden_layers=8, num_attention_heads=8)
 PROMPT = 128  # tokens
 
@@ -97,17 +94,8 @@ def peers(python: str, config: OlmoeConfig, dtype: str, batches: list[int], new:
         "config": {name: getattr(config, name) for name in kept}, "dtype": dtype, "batches": batches, "prompt": PROMPT,
         "new": new, "repeats": repeats, "threads": os.cpu_count(), "gpu": jax.default_backend() == "gpu",
     }  # fmt: skip
-    with tempfile.TemporaryFile("w+") as complaints:
-        command = [python, str(PEER), json.dumps(sizes)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("{"):
-                    yield json.loads(line)
-        if process.returncode:
-            complaints.seek(0)
-            last = (complaints.read().strip().splitlines() or ["no output"])[-1]
-            raise UserError(f"--peer_python={python} could not run {PEER.name}: {last}")
+    with Peer(python, "hf_generate.py", json.dumps(sizes)) as process:
+        yield from process
 
 
 def show(name: str, batch: int, new: int, times: dict[str, float], limit: float) -> None:

@@ -13,15 +13,14 @@ experts, compiled on a GPU.
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from experiments import cli
+from experiments.peer_process import Peer
 from experiments.step import Step
 from moejax import accounting, environment, scopes
 from moejax import config as configs
@@ -35,8 +34,6 @@ _DOCUMENTS = flags.DEFINE_integer(
     "documents", 1, "Documents in each row of the batch. One needs no mask in attention, as the peer.", lower_bound=1
 )
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter with torch and transformers.")
-
-PEER = Path(__file__).parent / "peers" / "hf_train_step.py"
 
 
 def forced(config: Config) -> Config:
@@ -83,11 +80,8 @@ def peer(python: str, config: Config, repeats: int) -> dict:
     }  # fmt: skip
     batch, length = config.data.batch_size, config.data.sequence_length
     asked = json.dumps({"config": sizes, "batch": batch, "length": length, "repeats": repeats})
-    done = subprocess.run([python, str(PEER), asked], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"--peer_python={python} could not run {PEER.name}: {last}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    with Peer(python, "hf_train_step.py", asked) as process:
+        return process.answer()
 
 
 def report_peer(found: dict, config: Config, ours: float) -> None:

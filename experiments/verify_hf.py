@@ -7,7 +7,6 @@ float32. A layer differs where max |difference| is above --tolerance times the l
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,8 +16,8 @@ import numpy as np
 from absl import flags
 
 from experiments import cli
+from experiments.peer_process import Peer
 from moejax import models
-from moejax.errors import UserError
 from moejax.models.parts import Block
 
 SOURCE = flags.DEFINE_string("source", None, "The folder of a Hugging Face checkpoint.", required=True)
@@ -48,15 +47,8 @@ def main() -> None:
 def peer(python: str, folder: Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """transformers' states by name, computed in its own process."""
     np.save(folder / "ids.npy", tokens)
-    script = Path(__file__).parent / "peers" / "hf_logits.py"
-    command = [python, str(script), SOURCE.value, str(folder / "ids.npy"), str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise UserError(f"--peer_python={python}: can't be run ({error.strerror})") from error
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"--peer_python={python}: {last}")
+    with Peer(python, "hf_logits.py", SOURCE.value, str(folder / "ids.npy"), str(folder)) as process:
+        list(process)  # it answers in files
     told = json.loads((folder / "peer.json").read_text())
     print(f"transformers {told['transformers']}, torch {told['torch']}")
     names = [*(f"layer_{i}" for i in range(told["layers"])), "logits"]

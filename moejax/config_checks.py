@@ -167,11 +167,12 @@ def _check_option_types(moe: MoEConfig, parameters: Mapping[str, inspect.Paramet
         if name not in parameters:
             continue
         parameter = parameters[name]
-        kinds = set(typing.get_args(parameter.annotation)) or {parameter.annotation}
-        if parameter.annotation is inspect.Parameter.empty and parameter.default not in (inspect.Parameter.empty, None):
-            kinds = {type(parameter.default)}
+        either = typing.get_origin(parameter.annotation) in (types.UnionType, typing.Union)
+        kinds = typing.get_args(parameter.annotation) if either else (parameter.annotation,)
+        if parameter.annotation is inspect.Parameter.empty and parameter.default is not None:
+            kinds = (type(parameter.default),)
         taken = type(value) in kinds or (float in kinds and type(value) is int)
-        if kinds <= _KINDS.keys() and not taken:  # of any other kind nothing is known
+        if all(kind in _KINDS for kind in kinds) and not taken:  # of any other kind nothing is known
             needed = " or ".join(words for kind, words in _KINDS.items() if kind in kinds)
             raise UserError(f"config.model.moe.router_options.{name}={value!r}: router {moe.router} needs {needed}")
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import small
+import tokenizers
 from processes import ROOT, Server
 
 pytestmark = pytest.mark.slow
@@ -88,6 +89,10 @@ def test_evaluate_ends_with_one_json_object(server, trained):
     # the whole of the held-out text here, two batches of it in training: the same text, so nearly the same loss
     in_training = json.loads((trained / "evaluations.jsonl").read_text().splitlines()[-1])
     assert abs(last["loss"] - in_training["loss"]) < 0.5
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"w": 0, "<|endoftext|>": 1}, unk_token="w"))
+    words.save(str(server.folder / "words.json"))
+    ended = server.run("evaluate.py", f"--workdir={trained}", f"--tokenizer={server.folder / 'words.json'}")
+    assert ended.code == 2 and f"words.json is not the tokenizer of --workdir={trained}" in ended.err
     other = server.run("evaluate.py", f"--workdir={trained}", "--json", "--experts_per_token=1", "--batches=1")
     assert other.code == 0, other.err
     assert json.loads(other.out.splitlines()[-1])["loss"] != last["loss"]

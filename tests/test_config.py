@@ -79,6 +79,19 @@ def test_mistyped_router_options(router, options, line):
     config_checks.check_moe(MoEConfig(router="moejax.routing:sigmoid_top_k", router_options={"scale": 2}))
 
 
+def test_options_of_a_users_router(tmp_path):
+    """Checked as far as its signature tells; a list of ints is no int."""
+    (tmp_path / "mine.py").write_text(
+        "from moejax.routing import top_k\n"
+        "def route(logits, *, experts_per_token, mask, layers: list[int] = (), any=None, temperature=1.0):\n"
+        "    return top_k(logits, experts_per_token=experts_per_token, mask=mask)\n"
+    )
+    moe = MoEConfig(router=f"{tmp_path}/mine.py:route", router_options={"layers": [1], "any": "x", "temperature": 2})
+    config_checks.check_moe(moe)
+    with pytest.raises(UserError, match=r"temperature='x': router .*mine\.py:route needs a number"):
+        config_checks.check_moe(dataclasses.replace(moe, router_options={"temperature": "x"}))
+
+
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_out_of_range(seed):
     with pytest.raises(UserError, match=rf"config\.seed={seed} must be at least 0 and below 2\^63"):

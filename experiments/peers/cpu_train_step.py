@@ -1,7 +1,7 @@
 """Training tokens/s of a small qwen3_moe in transformers on the CPU: the peer of benchmark_cpu's `peer` section.
 
 Standalone: runs in an interpreter of its own that has torch and transformers. Prints its sizes and versions as one
-JSON object; then takes a step for each line that comes in, and answers each with an empty line.
+JSON object; then takes a step for each line that comes in, and answers each with {}.
 """
 
 import json
@@ -45,4 +45,4 @@ parameters = sum(p.numel() for p in model.parameters())
 print(json.dumps({"parameters": parameters, "torch": torch.__version__}), flush=True)
 for _ in sys.stdin:
     step()
-    print(flush=True)
+    print("{}", flush=True)
