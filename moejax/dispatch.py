@@ -36,14 +36,15 @@ class Plan:
     """Where rows come from and go back to.
 
     token (R,) i32, weight (R,) f32: the token of each row and its gate, rows sorted by expert (in token choice, then by
-    token). group_sizes (E,) i32. Rows past its sum have token 0 and weight 0; nothing reads them.
+    token); no weight where experts applied the gates. group_sizes (E,) i32. Rows past its sum have token 0 and weight
+    0; nothing reads them.
     The way back is one of two. Token choice: slot (T, K) i32, the row of each choice, R where it has none. Expert
     choice, where a token has any number of rows: order (R,) i32, the rows ordered by token, those without one last; and
     offsets (T+1,) i32, token t owning order[offsets[t]:offsets[t+1]].
     """
 
     token: Array
-    weight: Array
+    weight: Array | None
     group_sizes: Array
     slot: Array | None = None
     order: Array | None = None
@@ -157,7 +158,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 def combine(rows: Array, plan: Plan, num_tokens: int) -> Array:
     """rows (R, D) -> (T, D) in rows' dtype: each token's rows times their gates, summed in float32.
 
-    Tokens without a row come out zero. Gradients reach rows and plan.weight.
+    Tokens without a row come out zero. Gradients reach rows and plan.weight; a plan without weights has gates of 1.
     """
     with jax.named_scope("combine"):
         if plan.slot is not None and _by_kernels(plan, rows):
@@ -180,6 +181,8 @@ def _combine_backward(num_tokens, residuals, grad):
     grads = _rows(grad, plan.token).astype(jnp.float32)
     # Rows past the sum hold anything, NaN included; weight 0 alone would let it through.
     real = jnp.arange(rows.shape[0], dtype=jnp.int32) < jnp.sum(plan.group_sizes)
+    if weight is None:
+        return jnp.where(real[:, None], grads, 0).astype(rows.dtype), None, None
     dweight = jnp.where(real, jnp.sum(rows.astype(jnp.float32) * grads, axis=1), 0)
     drows = jnp.where(real, weight, 0)[:, None] * grads
     return drows.astype(rows.dtype), dweight, None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from moejax import dispatch, exchange, experts, few_tokens, ragged, routing, sharding
@@ -93,13 +94,18 @@ class Work:
     apply: Callable | None = None
     gates_first: bool = False
 
-    def experts(self, rows, weights, group_sizes):
+    def experts(self, rows, weights, group_sizes, scale=None):
         """(R, D) sorted by expert -> (R, D)."""
         with jax.named_scope("experts"):
             if self.apply is not None:
                 return self.apply(rows, weights, group_sizes)
             gate, up, down = (weights[name] for name in ("gate", "up", "down"))
-            return experts.gated_ffn(rows, gate, up, down, group_sizes, implementation=self.implementation)
+            return experts.gated_ffn(rows, gate, up, down, group_sizes, scale=scale, implementation=self.implementation)
+
+    def gates_inside(self, rows, plan, weights):
+        """Whether experts' own kernel applies the gates: its results needn't then be kept for the gates' gradient."""
+        plain = self.apply is None and not self.gates_first and plan.slot is not None
+        return plain and experts.takes_scale(rows, weights["gate"], self.implementation)
 
     def rows(self, tokens, plan):
         """(T, D) -> (R, D), times their gates where these come first."""
@@ -198,7 +204,12 @@ def _sorted(tokens, decision, weights, num_experts, work, dtype):
     with jax.named_scope("dispatch"):
         plan = dispatch.plan(decision, num_experts)
         rows = work.rows(tokens, plan)
-    rows = work.experts(rows, weights, plan.group_sizes)
+    if work.gates_inside(rows, plan, weights):
+        rows = checkpoint_name(rows, "experts")  # kept in the room of the results that needn't be
+        rows = work.experts(rows, weights, plan.group_sizes, plan.weight)
+        plan = dataclasses.replace(plan, weight=None)
+    else:
+        rows = work.experts(rows, weights, plan.group_sizes)
     with jax.named_scope("combine"):
         return work.sums(rows.astype(dtype), plan, tokens.shape[0])
 

@@ -33,6 +33,7 @@ def gated_ffn(
     group_sizes: Array,
     *,
     activation: str = "silu",
+    scale: Array | None = None,
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
 ) -> Array:
@@ -40,8 +41,9 @@ def gated_ffn(
 
     rows (R, D) sorted by expert; gate, up (E, D, F) and down (E, F, D) of rows' dtype; group_sizes (E,) i32. Returns
     (R, D), zeros past the sum of group_sizes; those rows are never read. Products are summed in float32 and rounded to
-    rows' dtype. metadata: `group_metadata(group_sizes, R)`, shared by the six products of forward and backward.
-    implementation: of `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products.
+    rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; only where `takes_scale`. metadata:
+    `group_metadata(group_sizes, R)`, shared by the six products of forward and backward. implementation: of
+    `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products.
     """
     _check(rows, gate, up, down, group_sizes, activation)
     with jax.named_scope("experts"):
@@ -50,8 +52,10 @@ def gated_ffn(
         name = implementation or pick(rows, gate)
         if name == "mosaic_gpu":
             return kernels.gated_ffn(
-                rows, gate, up, down, group_sizes, activation=activation, metadata=metadata, implementation=name
-            )
+                rows, gate, up, down, group_sizes,
+                activation=activation, scale=scale, metadata=metadata, implementation=name,
+            )  # fmt: skip
+        assert scale is None, f"{name} takes no scale"
         if rows.shape[0] and name == "blocks":
             return _blocks(activation, *vary_alike(rows, gate, up, down, metadata))
         product = functools.partial(
@@ -59,6 +63,11 @@ def gated_ffn(
         )
         a, b = (checkpoint_name(product(rows, weights), "experts") for weights in (gate, up))
         return checkpoint_name(product(_gated(activation, a, b), down), "experts")
+
+
+def takes_scale(rows: Array, gate: Array, implementation: str | None = None) -> bool:
+    """Whether `gated_ffn` takes gates as `scale` for these operands: where its own kernel applies them, at no cost."""
+    return (implementation or pick(rows, gate)) == "mosaic_gpu"
 
 
 def _check(rows, gate, up, down, group_sizes, activation) -> None:

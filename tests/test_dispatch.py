@@ -45,6 +45,15 @@ def test_plan_of_token_choice_by_hand():
     np.testing.assert_array_equal(dispatch.combine(rows, plan, 3), [[2.25], [1.5], [11.0]])
 
 
+def test_a_plan_without_weights_has_gates_of_one():
+    decision = routing([[2, 0], [0, 1], [2, 1]], [[0.5, 0.25], [0.75, 0.125], [1.0, 2.0]], [[1, 1], [1, 0], [1, 1]], 4)
+    plan = dataclasses.replace(dispatch.plan(decision, 4), weight=None)
+    out, pull = jax.vjp(lambda rows: dispatch.combine(rows, plan, 3), jnp.array([1.0, 2, 3, 4, 5, jnp.nan])[:, None])
+    np.testing.assert_array_equal(out, [[4.0 + 1.0], [2.0], [5.0 + 3.0]])  # the rows of the plan above
+    # rows of tokens 0, 1, 2, 0, 2; the last has none
+    np.testing.assert_array_equal(pull(jnp.array([[10.0], [20.0], [30.0]]))[0][:, 0], [10, 20, 30, 10, 30, 0])
+
+
 def test_plan_of_expert_choice_by_hand():
     decision = expert_choice([[3, 1], [1, 0]], [[0.5, 0.25], [2.0, 0.0]], 4)
     plan = dispatch.plan(decision, 2)

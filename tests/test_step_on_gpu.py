@@ -31,9 +31,9 @@ SLOW = MODEL | {"dtype": "float32", "remat": "none", "scan_layers": True, "atten
 
 
 @functools.cache
-def started(documents: int, slow: bool = False):
+def started(documents: int, slow: bool = False, experts_per_token: int = 2):
     """The compiled step, a fresh state by each call of a function, and the batch on the device."""
-    moe = dataclasses.replace(MOE, dispatch="dense") if slow else MOE
+    moe = dataclasses.replace(MOE, experts_per_token=experts_per_token, dispatch="dense" if slow else MOE.dispatch)
     config = small.config(moe, model=SLOW if slow else MODEL)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices=jax.devices()[:1])
     model, tx = LM(config.model), optimizer.make(config.optimizer)
@@ -65,20 +65,24 @@ def test_three_steps_twice_have_equal_bits(documents):
 
 
 @pytest.mark.gpu
-def test_a_step_is_that_of_the_slow_way():
-    """Within bfloat16's rounding, which sends a few of 1024 choices to another expert."""
+@pytest.mark.parametrize("experts_per_token, bound", [(8, 0.05), (2, 0.2)])
+def test_a_step_is_that_of_the_slow_way(experts_per_token, bound):
+    """Within bfloat16's rounding: 2-3% of a moment where every expert is chosen. Where two of eight are, it sends a few
+    of 1024 choices to another expert, most felt by the router: 11% of its moments also between a CPU's two ways."""
     found = []
     for slow in (False, True):
-        compiled, start, batch = started(documents=2, slow=slow)
+        compiled, start, batch = started(2, slow, experts_per_token)
         state, metrics = compiled(start(), batch)
         found.append((jax.tree.map(np.asarray, metrics), state.opt_state))
     fast, right = found[0][0], found[1][0]
     for name in ("loss", "total_loss", "grad_norm", "load_balance_loss", "router_z_loss", "routing_entropy"):
         np.testing.assert_allclose(fast[name], right[name], rtol=2e-2, err_msg=name)
     np.testing.assert_allclose(fast["load"], right["load"], atol=16)
-    for ours, theirs in zip(jax.tree.leaves(found[0][1]), jax.tree.leaves(found[1][1]), strict=True):
+    moments = [jax.tree_util.tree_leaves_with_path(opt_state) for _, opt_state in found]
+    for (path, ours), (_, theirs) in zip(*moments, strict=True):
         ours, theirs = (np.asarray(a).astype(np.float64) for a in (ours, theirs))  # moments: the gradients, scaled
-        assert np.linalg.norm(ours - theirs) <= 0.1 * np.linalg.norm(theirs)
+        off = np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-30)
+        assert off <= bound, jax.tree_util.keystr(path)
 
 
 @pytest.mark.gpu

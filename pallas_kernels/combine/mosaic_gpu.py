@@ -31,7 +31,7 @@ def why_not(rows) -> str | None:
 def combine(rows, slot, weight):
     """(R, D), (T, K), (R,) or None -> (T, D)."""
     (R, D), (T, K) = rows.shape, slot.shape
-    width = _width(D)
+    width = widest(D)
 
     def body(slot, rows, *refs):
         *weights, out = refs
@@ -40,7 +40,7 @@ def combine(rows, slot, weight):
         for k in range(K):
             row = slot[t * K + k]
             here = jnp.minimum(row, R - 1)
-            value = _load(rows.at[here, columns])
+            value = load(rows.at[here, columns])
             if weights:
                 value = value * weights[0][here]
             total += jnp.where(row < R, value, jnp.zeros_like(value))
@@ -54,11 +54,11 @@ def combine(rows, slot, weight):
 def spread(x, slot, num_rows):
     """(T, D), (T, K) -> (num_rows, D)."""
     D, (T, K) = x.shape[1], slot.shape
-    width = _width(D)
+    width = widest(D)
 
     def body(slot, x, out):
         t, columns = _place(D, width)
-        value = plgpu.load(x.at[t, columns], layout=_layout(width))
+        value = plgpu.load(x.at[t, columns], layout=layout(width))
         for k in range(K):
             row = slot[t * K + k]
 
@@ -77,7 +77,7 @@ def combine_gradients(rows, slot, weight, grad):
     A block takes one row; a token's K blocks follow one another and find its gradient in the cache.
     """
     (R, D), (T, K) = rows.shape, slot.shape
-    width = _width(D)
+    width = widest(D)
 
     def body(slot, rows, weight, grad, drows, dweight):
         choice = lax.axis_index("block")
@@ -87,8 +87,8 @@ def combine_gradients(rows, slot, weight, grad):
             scale, total = weight[row], jnp.zeros((width,), jnp.float32)
             for first in range(0, D, width):
                 columns = pl.ds(first, width)
-                value = _load(grad.at[t, columns])
-                total += _load(rows.at[row, columns]) * value
+                value = load(grad.at[t, columns])
+                total += load(rows.at[row, columns]) * value
                 drows[row, columns] = (scale * value).astype(drows.dtype)
             dweight[choice] = jnp.sum(total)
 
@@ -109,18 +109,18 @@ def _vector(D: int) -> int:
     return min(D // _THREADS & -(D // _THREADS), 8)
 
 
-def _width(D: int) -> int:
+def widest(D: int) -> int:
     """The most columns, up to _WIDEST, that divide D and give every thread whole vectors."""
     unit = _THREADS * _vector(D)
     return max(width for width in range(unit, _WIDEST + 1, unit) if D % width == 0)
 
 
-def _layout(width: int):
+def layout(width: int):
     return plgpu.Layout.WG_STRIDED((width,), vec_size=_vector(width))
 
 
-def _load(ref):
-    return plgpu.load(ref, layout=_layout(ref.shape[-1])).astype(jnp.float32)
+def load(ref):
+    return plgpu.load(ref, layout=layout(ref.shape[-1])).astype(jnp.float32)
 
 
 def _place(D: int, width: int):

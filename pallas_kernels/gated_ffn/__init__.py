@@ -6,6 +6,7 @@ Letters: M rows, E groups (experts), D and F the widths outside and inside.
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.gated_ffn import mosaic_gpu
@@ -26,31 +27,37 @@ def gated_ffn(
     group_sizes: jax.Array,
     *,
     activation: str = "silu",
+    scale: jax.Array | None = None,
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """(activation(rows · gate) ∘ (rows · up)) · down, each row with its group's weights (Shazeer 2020, equation 6).
 
     rows (M, D) sorted by group; gate, up (E, D, F) and down (E, F, D), all of one dtype; group_sizes (E,) i32. Returns
-    (M, D) of that dtype. Differentiable in rows and weights. Rows past the sum of group_sizes are never read, come out
-    as zeros and take no part in a gradient. metadata: `group_metadata(group_sizes, M)`. implementation: of
-    `grouped_matmul`; with "mosaic_gpu" the products with gate and up and the activation are one kernel, which stores
-    the two products only for a backward pass, and the gradient of rows another; with any other, plain products. What
-    products give has the checkpoint name "experts", for `jax.checkpoint` to keep.
+    (M, D) of that dtype. Differentiable in rows, weights and scale. Rows past the sum of group_sizes are never read,
+    come out as zeros and take no part in a gradient.
+
+    scale (M,) f32 multiplies each row of what goes into `down`, before it is rounded: a gate applied so needs no result
+    of `down` for its gradient. metadata: `group_metadata(group_sizes, M)`. implementation: of `grouped_matmul`; with
+    "mosaic_gpu" the products with gate and up and the activation are one kernel, which stores the two products only for
+    a backward pass, and the gradient of rows another; with any other, plain products. What products give has the
+    checkpoint name "experts", for `jax.checkpoint` to keep.
 
     Raises ValueError for shapes, dtypes or an activation that don't fit, NotImplementedError as `grouped_matmul`.
     """
     _check(rows, gate, up, down, group_sizes, activation)
+    if scale is not None and (scale.shape != rows.shape[:1] or scale.dtype != jnp.float32):
+        raise ValueError(f"gated_ffn: scale must be float32 ({rows.shape[0]},); got {scale.dtype}{list(scale.shape)}")
     name = named(implementation, rows, gate) if implementation else pick(rows, gate)
     metadata = metadata or group_metadata(group_sizes, rows.shape[0])
     product = functools.partial(
         grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation
     )
     if name == "mosaic_gpu" and rows.shape[0]:
-        hidden = _hidden(activation, *vary_alike(rows, gate, up, group_sizes, metadata))
+        hidden = _hidden(activation, *vary_alike(rows, gate, up, scale, group_sizes, metadata))
     else:
         a, b = (checkpoint_name(product(rows, weights), "experts") for weights in (gate, up))
-        hidden = ACTIVATIONS[activation](a) * b
+        hidden = _gated(activation, a, b, scale)
     return checkpoint_name(product(hidden, down), "experts")
 
 
@@ -71,24 +78,32 @@ def _check(rows, gate, up, down, group_sizes, activation) -> None:
     )
 
 
+def _gated(activation, a, b, scale):
+    """Rounded once, at the end: so are the gradients of a and b, and not at all the sums that are scale's."""
+    gated = ACTIVATIONS[activation](a.astype(jnp.float32)) * b.astype(jnp.float32)
+    if scale is not None:
+        gated *= scale[:, None]
+    return gated.astype(a.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _hidden(activation, rows, gate, up, group_sizes, metadata):
-    return mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=False)[0]
+def _hidden(activation, rows, gate, up, scale, group_sizes, metadata):
+    return mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=False, scale=scale)[0]
 
 
-def _hidden_forward(activation, rows, gate, up, group_sizes, metadata):
-    kept = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True)
+def _hidden_forward(activation, rows, gate, up, scale, group_sizes, metadata):
+    kept = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True, scale=scale)
     hidden, a, b = (checkpoint_name(x, "experts") for x in kept)
-    return hidden, (rows, gate, up, group_sizes, metadata, a, b)
+    return hidden, (rows, gate, up, scale, group_sizes, metadata, a, b)
 
 
 def _hidden_backward(activation, residuals, grad):
-    rows, gate, up, group_sizes, metadata, a, b = residuals
-    _, pull = jax.vjp(lambda a, b: ACTIVATIONS[activation](a) * b, a, b)
-    grads = pull(grad.astype(a.dtype))  # one elementwise pass over five arrays of (M, F)
+    rows, gate, up, scale, group_sizes, metadata, a, b = residuals
+    _, pull = jax.vjp(functools.partial(_gated, activation), a, b, scale)
+    *grads, dscale = pull(grad.astype(a.dtype))  # one elementwise pass over five arrays of (M, F)
     drows = mosaic_gpu.dlhs(grads, (gate, up), metadata)
     dgate, dup = (products.drhs(rows, grad, group_sizes, metadata, gate.dtype) for grad in grads)
-    return drows, dgate, dup, None, None
+    return drows, dgate, dup, dscale, None, None
 
 
 _hidden.defvjp(_hidden_forward, _hidden_backward)

@@ -37,10 +37,11 @@ ACTIVATIONS = {
 }
 
 
-def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, tiles: Tiling | None = None):
+def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, scale=None, tiles: Tiling | None = None):
     """(activation(rows · gate) ∘ (rows · up)), (M, F) of rows' dtype; keep: the two products (M, F) as well.
 
-    rows (M, D) sorted by group, gate and up (E, D, F). Rows past the sum come out as zeros.
+    rows (M, D) sorted by group, gate and up (E, D, F); scale (M,) f32: what each row of the first result is multiplied
+    by, before it is rounded. Rows past the sum come out as zeros.
     """
     M, F = rows.shape[0], gate.shape[2]
     in_tile = schedule.tile_rows(M, gate.shape[0])
@@ -48,14 +49,18 @@ def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, tile
     spare = -M % 8
     out = (jax.ShapeDtypeStruct((hopper.stored_rows(M), F), rows.dtype),) * (3 if keep else 1)
     stage = {"a": (max(in_tile, 64), _STEP), "b": (_STEP, _HALF), "c": (_STEP, _HALF)}
-    body = functools.partial(_hidden_kernel, t, ACTIVATIONS[activation], 1 + 2 * keep)
+    body = functools.partial(_hidden_kernel, t, ACTIVATIONS[activation], 1 + 2 * keep, scale is not None)
     kernel = hopper.launch("gated_ffn_hidden", body, t, out, stage, rows.dtype, approximate=True)
-    results = kernel(*_table(metadata, M), jnp.pad(rows, ((0, spare), (0, 0))), gate, up)
+    # a tile reads its rows' scales whole, also where the rows end before it
+    scales = () if scale is None else (jnp.pad(scale, (0, spare + schedule.ROWS)),)
+    results = kernel(*_table(metadata, M), jnp.pad(rows, ((0, spare), (0, 0))), gate, up, *scales)
     return tuple(vary_alike(result[:M], rows)[0] for result in results)
 
 
-def _hidden_kernel(t: Tiling, activation, outputs, count, tiles, rows, gate, up, *refs, a, b, c, staging, ready, free):
-    outs = refs[:outputs]
+def _hidden_kernel(
+    t: Tiling, activation, outputs, scaled, count, tiles, rows, gate, up, *refs, a, b, c, staging, ready, free
+):
+    scales, outs = refs[:scaled], refs[scaled : scaled + outputs]
     E, depth = gate.shape[0], rows.shape[1] // _STEP
     columns = pl.cdiv(gate.shape[2], 2 * _HALF)
     box = hopper.box(rows.shape[0], E)
@@ -79,8 +84,12 @@ def _hidden_kernel(t: Tiling, activation, outputs, count, tiles, rows, gate, up,
             return (b.at[slot].transpose((1, 0)), turned), (c.at[slot].transpose((1, 0)), turned)
 
         def store(gated, plain):
-            at = row * 8, first_column(column)
-            for turn, value in enumerate((activation(gated) * plain, gated, plain)[:outputs]):
+            at, whole = (row * 8, first_column(column)), activation(gated) * plain
+            for scale in scales:
+                mine = scale.at[pl.ds(row * 8, a.shape[1])]
+                by_row = plgpu.load(mine, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)  # from global memory
+                whole *= lax.broadcast_in_dim(by_row, whole.shape, (1,))
+            for turn, value in enumerate((whole, gated, plain)[:outputs]):
                 value = value.astype(outs[turn].dtype)
                 stages = staging[wg]
                 hopper.store_rows(value, outs[turn], at, start, stop, *stages, turn=turn * a.shape[1], turned=True)

@@ -35,8 +35,11 @@ def operands(sizes, M, D, F, seed=0, dtype=jnp.bfloat16):
     return tuple(jnp.asarray(a, dtype) for a in (rows, *weights, grad))
 
 
-def exact(rows, gate, up, down, grad, sizes, activation):
-    """The value and the four gradients in float64, by a loop over groups, with hand-written derivatives."""
+def exact(rows, gate, up, down, grad, sizes, activation, scale=None):
+    """The value and the gradients of rows, gate, up, down, in float64, by a loop over groups, with hand-written
+    derivatives; if scale is given, also the terms (M, F) whose sums over F are its gradient."""
+    scales = np.ones(len(rows)) if scale is None else np.asarray(scale, np.float64)
+    terms = np.zeros((len(rows), gate.shape[2]))
     rows, gate, up, down, grad = (np.asarray(a.astype(jnp.float32), np.float64) for a in (rows, gate, up, down, grad))
     out, drows, *dweights = (np.zeros_like(a) for a in (rows, rows, gate, up, down))
     ends = np.cumsum(sizes)
@@ -49,28 +52,37 @@ def exact(rows, gate, up, down, grad, sizes, activation):
             c = np.sqrt(2 / np.pi)
             tanh = np.tanh(c * (a + 0.044715 * a**3))
             act, slope = a * (1 + tanh) / 2, (1 + tanh) / 2 + a / 2 * (1 - tanh**2) * c * (1 + 3 * 0.044715 * a**2)
-        out[r] = act * b @ down[g]
-        dh = grad[r] @ down[g].T
+        by = scales[r][:, None]
+        out[r] = by * act * b @ down[g]
+        terms[r] = grad[r] @ down[g].T * act * b
+        dh = by * (grad[r] @ down[g].T)
         da, db = dh * b * slope, dh * act
         drows[r] = da @ gate[g].T + db @ up[g].T
-        dweights[0][g], dweights[1][g], dweights[2][g] = rows[r].T @ da, rows[r].T @ db, (act * b).T @ grad[r]
-    return out, drows, *dweights
+        dweights[0][g], dweights[1][g], dweights[2][g] = rows[r].T @ da, rows[r].T @ db, (by * act * b).T @ grad[r]
+    return (out, drows, *dweights) if scale is None else (out, drows, *dweights, terms)
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "implementation"))
-def value_and_gradients(rows, gate, up, down, grad, sizes, activation="silu", implementation=None):
-    def block(*args):
-        return gated_ffn(*args, sizes, activation=activation, implementation=implementation)
+def value_and_gradients(rows, gate, up, down, grad, sizes, activation="silu", implementation=None, scale=None):
+    def block(rows, gate, up, down, *scale):
+        options = {"activation": activation, "implementation": implementation}
+        return gated_ffn(rows, gate, up, down, sizes, scale=scale[0] if scale else None, **options)
 
-    out, pull = jax.vjp(block, rows, gate, up, down)
+    out, pull = jax.vjp(block, rows, gate, up, down, *(() if scale is None else (scale,)))
     return out, *pull(grad)
 
 
+def error(ours, theirs) -> float:
+    ours = np.asarray(ours.astype(jnp.float32), np.float64)
+    assert np.isfinite(ours).all()
+    return np.linalg.norm(ours - (theirs if theirs.ndim == ours.ndim else theirs.sum(axis=1)))
+
+
 def assert_close(got, want, bound):
+    """Relative to the norm of what is right; of a sum whose terms are given, to theirs: where terms cancel, what they
+    were rounded by does not."""
     for ours, theirs in zip(got, want, strict=True):
-        ours = np.asarray(ours.astype(jnp.float32), np.float64)
-        assert np.isfinite(ours).all()
-        assert np.linalg.norm(ours - theirs) <= bound * np.linalg.norm(theirs)
+        assert error(ours, theirs) <= bound * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
@@ -80,8 +92,9 @@ def assert_close(got, want, bound):
 def test_plain_products(activation, cuts):
     sizes = np.diff([0, *cuts]).astype(np.int32)
     args = operands(sizes, 24, 16, 8, dtype=jnp.float32)
-    got = value_and_gradients(*args, jnp.asarray(sizes), activation, "blocks")
-    assert_close(got, exact(*args, sizes, activation), 1e-5)
+    for scale in (None, jnp.linspace(-1.0, 2.0, 24)):
+        got = value_and_gradients(*args, jnp.asarray(sizes), activation, "blocks", scale)
+        assert_close(got, exact(*args, sizes, activation, scale), 1e-5)
 
 
 def interpreted(function, capfd):
@@ -94,14 +107,19 @@ def interpreted(function, capfd):
 
 # 70 | 0 | 51, then 7 rows of nobody: halves of a tile full, partly full and empty; F = 64: half of a tile's columns
 @pytest.mark.parametrize(
-    "sizes, M, F, keep, activation",
-    [((70, 0, 51), 128, 128, True, "silu"), ((3, 5, 60), 70, 64, False, "gelu"), ((0, 99, 0), 99, 64, False, "relu")],
+    "sizes, M, F, keep, activation, scaled",
+    [
+        ((70, 0, 51), 128, 128, True, "silu", True),
+        ((3, 5, 60), 70, 64, False, "gelu", False),
+        ((0, 99, 0), 99, 64, False, "relu", True),
+    ],
 )
-def test_hidden_interpreted(sizes, M, F, keep, activation, capfd):
+def test_hidden_interpreted(sizes, M, F, keep, activation, scaled, capfd):
     rows, gate, up, *_ = operands(sizes, M, 64, F)
     metadata = group_metadata(jnp.array(sizes, jnp.int32), M)
     tiles = dataclasses.replace(products.FORWARD, blocks=2)
-    got = interpreted(lambda: mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep, tiles), capfd)
+    scale = jnp.linspace(-1.0, 2.0, M) if scaled else None
+    got = interpreted(lambda: mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep, scale, tiles), capfd)
     group = np.repeat(np.arange(3), sizes)
     a, b = (np.zeros((M, F)) for _ in range(2))
     real = [np.asarray(w.astype(jnp.float32), np.float64) for w in (rows, gate, up)]
@@ -109,7 +127,7 @@ def test_hidden_interpreted(sizes, M, F, keep, activation, capfd):
         a[i], b[i] = real[0][i] @ real[1][g], real[0][i] @ real[2][g]
     act = {"silu": lambda x: x / (1 + np.exp(-x)), "relu": lambda x: np.maximum(x, 0)}
     act["gelu"] = lambda x: x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    want = (act[activation](a) * b, a, b)
+    want = (act[activation](a) * b * (np.asarray(scale)[:, None] if scaled else 1), a, b)
     assert len(got) == (3 if keep else 1)
     assert_close(got, want[: len(got)], 3e-3)
     assert all((np.asarray(x[sum(sizes) :].astype(jnp.float32)) == 0).all() for x in got)
@@ -135,14 +153,15 @@ def test_the_hopper_kernels_lower():
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
 
     @jax.jit
-    def both(rows, gate, up, sizes):
+    def both(rows, gate, up, sizes, scale):
         metadata = group_metadata(sizes, 1000)
-        _, a, b = mosaic_gpu.hidden("silu", rows, gate, up, metadata, keep=True)
+        _, a, b = mosaic_gpu.hidden("silu", rows, gate, up, metadata, keep=True, scale=scale)
         return mosaic_gpu.dlhs((a, b), (gate, up), metadata)
 
     traced = both.trace(
-        bf16((1000, 256)), bf16((4, 256, 192)), bf16((4, 256, 192)), jax.ShapeDtypeStruct((4,), jnp.int32)
-    )
+        bf16((1000, 256)), bf16((4, 256, 192)), bf16((4, 256, 192)), jax.ShapeDtypeStruct((4,), jnp.int32),
+        jax.ShapeDtypeStruct((1000,), jnp.float32),
+    )  # fmt: skip
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "gated_ffn_hidden" in text
     assert "gated_ffn_dlhs" in text
@@ -196,17 +215,15 @@ def test_on_a_gpu(M, E, D, F, activation):
         rng = np.random.default_rng(draw)
         sizes = rng.multinomial(M - draw % 2 * (M // 5), rng.dirichlet(np.full(E, 0.4))).astype(np.int32)
         args = operands(sizes, M, D, F, draw)
-        got = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu")
-        want = exact(*args, sizes, activation)
+        scale = jnp.asarray(rng.uniform(0.1, 1.0, M), jnp.float32) if draw % 4 > 1 else None
+        got = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu", scale)
+        want = exact(*args, sizes, activation, scale)
         assert_close(got, want, 6e-3)
-        plain = value_and_gradients(*args, jnp.asarray(sizes), activation, "blocks")
+        plain = value_and_gradients(*args, jnp.asarray(sizes), activation, "blocks", scale)
         for ours, theirs, right in zip(got, plain, want, strict=True):
-            ours, theirs = (
-                np.linalg.norm(np.asarray(x.astype(jnp.float32), np.float64) - right) for x in (ours, theirs)
-            )
-            assert ours <= 1.1 * theirs
+            assert error(ours, right) <= 1.1 * error(theirs, right)
         for _ in range(2):
-            again = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu")
+            again = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu", scale)
             assert all((a == b).all() for a, b in zip(got, again, strict=True))
 
 
