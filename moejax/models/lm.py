@@ -164,7 +164,7 @@ class LM(nn.Module):
 @jax.custom_vjp
 def _put_together(stack: jax.Array) -> jax.Array:
     """The parameters of unrolled layers (layers, …) as they are; their gradients, which come apart, written into one
-    array. XLA's own concatenation of sixteen pieces takes a GPU five times as long."""
+    array. XLA's own concatenation of sixteen pieces runs at 0.9 TB/s on an H200, which copies at 4."""
     return stack
 
 
