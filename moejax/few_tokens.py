@@ -4,6 +4,9 @@ Sorting rows, laying out tiles and calling kernels costs more there than reading
 choice multiplies its row with its expert's weights where they lie; XLA fuses the choosing into the reduction.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -32,8 +35,8 @@ def mixture(x: jax.Array, decision: Routing, weights: dict[str, jax.Array]) -> j
 
     if all(few_rows.why_not(kernel) is None for kernel in weights.values()):
         # its own kernel reads both at once, and nearer to the memory's rate
-        products = few_rows.products(jnp.repeat(x, K, axis=0), chosen, (weights["gate"], weights["up"]))
-        gate, up = (jnp.sum(parts, axis=1).astype(x.dtype) for parts in products)
+        products = few_rows.products(x, chosen, (weights["gate"], weights["up"]))
+        gate, up = (_total(parts).astype(x.dtype) for parts in products)
         (down,) = few_rows.products(experts.ACTIVATIONS["silu"](gate) * up, chosen, (weights["down"],))
         return _weighted(down, decision, x.dtype)
 
@@ -54,9 +57,15 @@ def mixture(x: jax.Array, decision: Routing, weights: dict[str, jax.Array]) -> j
     return _weighted(down, decision, x.dtype)
 
 
+def _total(parts: jax.Array) -> jax.Array:
+    """The sum of parts (R, P, N) over P, term by term: so XLA puts what comes next, and a second sum, in one kernel."""
+    return functools.reduce(operator.add, (parts[:, p] for p in range(parts.shape[1])))
+
+
 def _weighted(down: jax.Array, decision: Routing, dtype) -> jax.Array:
     """Parts of the experts' results (T·K, parts, D) f32 -> (T, D): summed, rounded to dtype, times their gates."""
     T, K = decision.experts.shape
-    each = jnp.sum(down, axis=1).astype(dtype).astype(jnp.float32).reshape(T, K, -1)
-    gates = jnp.where(decision.keep, decision.weights, 0).astype(jnp.float32)
+    each = _total(down).astype(dtype).astype(jnp.float32).reshape(T, K, -1)
+    # behind a barrier, or every block of the sum's kernel would choose the experts again to know their gates
+    gates = lax.optimization_barrier(jnp.where(decision.keep, decision.weights, 0).astype(jnp.float32))
     return jnp.sum(each * gates[:, :, None], axis=1).astype(dtype)

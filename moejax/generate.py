@@ -13,6 +13,7 @@ from moejax.errors import UserError
 CACHE_STEP = 128  # caches grow in steps of this many positions, so that few lengths are compiled
 _PIECE = 64  # logits, of which the largest is taken first
 AHEAD = 32  # tokens that the device makes before it is asked for them: the host then costs it nothing
+STRIDE = 8  # the same on a GPU, whose loop is of this length: of an open one it asks the host before each token
 
 
 def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
@@ -70,32 +71,53 @@ def _prefill(model, variables, tokens, lengths, key, ends, *, cache_length, temp
     return token[:, None], (jnp.int32(1), cache, token, lengths, finished)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
-def _decode(model, variables, state, key, ends, count, *, cache_length, temperature, top_p):
+def _decode(model, variables, state, key, ends, count, *, stride, cache_length, temperature, top_p):
     """`count` more tokens (B, AHEAD), fewer where all rows have ended, and the state after them.
 
-    state: the number of the next step, the cache, the last token (B,), its position (B,), and whether it or one before
-    it ended its row (B,). The loop is the device's own: between two tokens it waits for no one.
+    With `stride` so many (B, stride), whatever has ended. state: the number of the next step, the cache, the last token
+    (B,), its position (B,), and whether it or one before it ended its row (B,). The loop is the device's own: between
+    two tokens it waits for no one.
     """
 
-    def unfinished(carry):
-        made, (*_, finished), _ = carry
-        return (made < count) & ~jnp.all(finished)
-
-    def advance(carry):
-        made, (step, cache, token, position, finished), new = carry
+    def advance(state):
+        step, cache, token, position, finished = state
         places = position[:, None]
         logits, cache = _apply(
             model, variables, cache, token[:, None], places, places >= 0, jnp.zeros_like(position), cache_length
         )
         token = sample(logits, jax.random.fold_in(key, step), temperature, top_p)
         finished |= jnp.any(token[:, None] == ends[None, :], axis=1)
-        new = lax.dynamic_update_index_in_dim(new, token, made, axis=1)
-        return made + 1, (step + 1, cache, token, position + 1, finished), new
+        return (step + 1, cache, token, position + 1, finished), token
+
+    if stride:
+        state, new = lax.scan(lambda state, _: advance(state), state, length=stride)
+        return new.T, state
+
+    def unfinished(carry):
+        made, (*_, finished), _ = carry
+        return (made < count) & ~jnp.all(finished)
+
+    def one_more(carry):
+        made, state, new = carry
+        state, token = advance(state)
+        return made + 1, state, lax.dynamic_update_index_in_dim(new, token, made, axis=1)
 
     new = jnp.zeros((state[2].shape[0], AHEAD), jnp.int32)
-    _, state, new = lax.while_loop(unfinished, advance, (jnp.int32(0), state, new))
+    _, state, new = lax.while_loop(unfinished, one_more, (jnp.int32(0), state, new))
     return new, state
+
+
+def _stride(streams: bool) -> int:
+    """How many tokens `_decode` makes at a time whatever ends meanwhile; 0 where it stops as soon as it can."""
+    return STRIDE if jax.default_backend() == "gpu" and not streams else 0
+
+
+@functools.cache
+def _compiled_decode(on_gpu: bool):
+    """`_decode` under jit. On a GPU kernels that don't need each other run side by side: the same tokens, sooner."""
+    options = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if on_gpu else None
+    statics = (*_STATIC, "stride")
+    return jax.jit(_decode, static_argnames=statics, donate_argnames="state", compiler_options=options)
 
 
 def generate(
@@ -137,10 +159,11 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     finished = np.zeros(len(prompts), bool)
     there, left = 1, max_new_tokens - 1
+    stride, decode = _stride(on_token is not None), _compiled_decode(jax.default_backend() == "gpu")
     while True:
-        following, count = None, min(left, 1 if on_token else AHEAD)
+        following, count = None, min(left, 1 if on_token else stride or AHEAD)
         if count:  # begun before the tokens that are there are waited for, so that the device never idles
-            following, state = _decode(model, variables, state, key, ends, np.int32(count), **options)
+            following, state = decode(model, variables, state, key, ends, np.int32(count), stride=stride, **options)
         for tokens in np.asarray(new)[:, :there].T:
             if finished.all():
                 break

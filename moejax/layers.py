@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -54,10 +55,12 @@ def linear(x: jax.Array, kernel: jax.Array, out_dtype: jnp.dtype | None = None, 
 
 def scores(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x (B, L, D) · kernel (D, E) -> (B, L, E) f32: a product of float32 precision, for decisions hang on it."""
-    many = math.prod(x.shape[:-1]) >= 128  # of few rows XLA makes no matrix product
-    if many and x.dtype == jnp.bfloat16 and sharding.platform() == "gpu":
+    rows, on_gpu = math.prod(x.shape[:-1]), sharding.platform() == "gpu"
+    if rows >= 128 and x.dtype == jnp.bfloat16 and on_gpu:  # of few rows XLA makes no matrix product
         return _scores(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
     wide = x.astype(jnp.float32)
+    if rows == 1 and on_gpu:
+        return _scores_of_one(wide.reshape(-1), kernel.astype(jnp.float32)).reshape(*x.shape[:-1], -1)
     return jnp.einsum("bld,de->ble", wide, kernel.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
@@ -79,6 +82,15 @@ def _scores_backward(inputs, grad):
 
 
 _scores.defvjp(lambda x, kernel: (_scores(x, kernel), (x, kernel)), _scores_backward)
+
+
+def _scores_of_one(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """(D,) · (D, E) -> (E,) f32, in parts: of a whole sum XLA makes a kernel of E / 32 blocks, and waits for memory."""
+    D, E = kernel.shape
+    parts = math.gcd(D, 16)
+    each = jnp.sum(x.reshape(parts, D // parts, 1) * kernel.reshape(parts, D // parts, E), axis=1)
+    # behind a barrier, or every reader adds the parts up again: choosing experts reads each score many times
+    return lax.optimization_barrier(functools.reduce(operator.add, each))
 
 
 def _times_pieces(rows: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -61,6 +61,16 @@ def test_a_prompt_in_a_batch_is_continued_as_alone():
     assert generate.generate(*model_of("aux_free"), PROMPTS[1:2], NEW) == [generated("aux_free")[1]]
 
 
+def test_strides_make_the_same_tokens_as_an_open_loop(monkeypatch):
+    """A GPU's way, run here: more tokens than were asked for, and past the end of a row, are made and left out."""
+    open_loop = generated("switch")
+    monkeypatch.setattr(generate, "_stride", lambda streams: 4)
+    model, variables = model_of("switch")
+    assert generate.generate(model, variables, PROMPTS, NEW) == open_loop
+    ended = generate.generate(model, variables, PROMPTS, NEW, eos_id=open_loop[0][2])
+    assert ended[0] == open_loop[0][: open_loop[0].index(open_loop[0][2]) + 1]
+
+
 def test_sampling_is_a_function_of_the_seed():
     hot = {"temperature": 5.0}
     first, again, other = (generate.generate(*model_of("dense"), PROMPTS, NEW, seed=s, **hot) for s in (0, 0, 1))

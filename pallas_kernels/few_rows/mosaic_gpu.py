@@ -1,10 +1,13 @@
 """A matrix read once by plain 16-byte loads, a whole row of it at a time, in Mosaic GPU.
 
-A block takes up to 2048 columns of some rows of one matrix, multiplies each row by its number of x and adds: no thread
-waits for another, and enough loads are under way to keep memory busy.
+A block takes 1024 columns (others where these don't divide N) of some rows of one matrix, multiplies each row by its
+number of x and adds: no thread waits for another, and enough loads are under way to keep memory busy. More columns, or
+two matrices at once, would be more parts of the sums, which whoever reads them pays for.
 
 Limits: Hopper; bfloat16, float16 or float32; A a multiple of 16, N of 128.
 """
+
+import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -16,6 +19,7 @@ from pallas_kernels.combine.mosaic_gpu import load, widest
 from pallas_kernels.grouped_matmul import mosaic_gpu as grouped
 from pallas_kernels.vary import vary_alike
 
+_WIDTH = 1024  # columns of a block: 16 bytes a thread
 _BLOCKS = 256  # at least, where there are terms enough: two for each multiprocessor
 _TERMS = 16  # at least, of a part: its result is written and read again
 
@@ -30,33 +34,36 @@ def why_not(kernel) -> str | None:
 
 
 def products(rows, chosen, kernels):
-    """(R, A) f32, (R,), (E, A, N) each -> (R, P, N) f32 each."""
-    (R, A), (_, _, N) = rows.shape, kernels[0].shape
-    width = widest(N)
+    """(T, A), (R,), (E, A, N) each -> (R, P, N) f32 each."""
+    (T, A), (R,), (_, _, N) = rows.shape, chosen.shape, kernels[0].shape
+    width = _WIDTH if N % _WIDTH == 0 else widest(N)
     chunks = N // width
-    parts = _parts(R * chunks, A)
+    parts = _parts(len(kernels) * R * chunks, A)
     terms = A // parts
 
     def body(rows, chosen, *refs):
         weights, outs = refs[: len(kernels)], refs[len(kernels) :]
-        block = lax.axis_index("block")
+        which, block = lax.axis_index("kernel"), lax.axis_index("block")
         r, rest = lax.div(block, jnp.int32(parts * chunks)), lax.rem(block, jnp.int32(parts * chunks))
         part, columns = lax.div(rest, jnp.int32(chunks)), pl.ds(lax.rem(rest, jnp.int32(chunks)) * width, width)
-        e, first = chosen[r], part * terms
-        totals = [jnp.zeros((width,), jnp.float32) for _ in weights]
-        for k in range(terms):
-            number = rows[r * A + first + k]
-            terms_here = (number * load(w.at[e, first + k, columns]) for w in weights)
-            totals = [total + term for total, term in zip(totals, terms_here, strict=True)]
-        for out, total in zip(outs, totals, strict=True):
+        e, t, first = chosen[r], lax.div(r, jnp.int32(R // T)), part * terms
+
+        def sum_part(weight, out):
+            total = jnp.zeros((width,), jnp.float32)
+            for k in range(terms):
+                number = rows[t * A + first + k].astype(jnp.float32)
+                total += number * load(weight.at[e, first + k, columns])
             out[r, part, columns] = total
+
+        for i, (weight, out) in enumerate(zip(weights, outs, strict=True)):
+            pl.when(which == i)(functools.partial(sum_part, weight, out))
 
     shape = jax.ShapeDtypeStruct((R, parts, N), jnp.float32)
     kernel = plgpu.kernel(
         body,
         out_type=(shape,) * len(kernels),
-        grid=(R * parts * chunks,),
-        grid_names=("block",),
+        grid=(len(kernels), R * parts * chunks),
+        grid_names=("kernel", "block"),
         kernel_name="few_rows_products",
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
