@@ -1,4 +1,4 @@
-"""Evaluates a run on its held-out text, or an imported model on the held-out part of a text.
+"""Evaluates a run on its held-out text, or a run or an imported model on all of another text.
 
   python experiments/evaluate.py --workdir=runs/x --experts_per_token=2 --json
   python experiments/evaluate.py --workdir=runs/olmoe --source="text:books/*.txt" --sequence_length=1024
@@ -29,7 +29,7 @@ from moejax.train_step import PROBE
 WORKDIR = flags.DEFINE_string("workdir", None, "The run, or a copy of its checkpoint.", required=True)
 EXPERTS = flags.DEFINE_integer("experts_per_token", None, "Experts per token, if another number than in training.")
 BATCHES = flags.DEFINE_integer("batches", None, "Evaluate this many batches; all held-out text by default.", 1)
-SOURCE = flags.DEFINE_string("source", None, "Another text, in the forms of data.source; an import needs one.")
+SOURCE = flags.DEFINE_string("source", None, "Another text, evaluated whole: as data.source. An import needs one.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json for an imported model; else the one beside it.")
 LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens of a window, if not those of the run.", 1)
 BATCH = flags.DEFINE_integer("batch_size", None, "Windows of a batch, if not those of the run.", 1)
@@ -46,8 +46,9 @@ def trained() -> None:
     if found is None:
         raise UserError(f"--workdir={WORKDIR.value}: there is no checkpoint; train first with experiments/train.py")
     config = configs.with_experts_per_token(configs.from_config_dict(found.config), EXPERTS.value)
+    trained_on = config.data.source
     config = dataclasses.replace(config, data=data_config(config.data))
-    corpus = data.prepare(config.data)
+    corpus = text(config.data, trained_on)
     if found.data.get("tokenizer", corpus.tokenizer.text) != corpus.tokenizer.text:
         raise UserError(f"{config.data.tokenizer} is not the tokenizer of --workdir={WORKDIR.value}: restore the file, "
                         "or leave --tokenizer out")  # fmt: skip
@@ -61,7 +62,7 @@ def imported() -> None:
     """A published family: an import, on --source, or a run that went on from one, on that run's text."""
     stored = hf_checkpoint.Stored(WORKDIR.value, models.FAMILIES)
     config = configs.from_config_dict(stored.run or {})
-    own = data_config(config.data)
+    own, trained_on = data_config(config.data), config.data.source if stored.run else None
     if stored.run is None:
         dtype: Any = stored.dtype("params/embedding").name
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
@@ -73,7 +74,7 @@ def imported() -> None:
                             "give --tokenizer=FILE")  # fmt: skip
         own = dataclasses.replace(own, tokenizer=TOKENIZER.value or str(tokenizer))
     config = dataclasses.replace(config, data=own)
-    corpus = data.prepare(config.data)
+    corpus = text(config.data, trained_on)
     model = published.model(published.description(WORKDIR.value) or {}, config, corpus.vocab_size, EXPERTS.value)
     _, variables = stored.load(on_host=True)
     report(model, variables, stored.step, corpus, config)
@@ -86,6 +87,11 @@ def data_config(config: data.DataConfig) -> data.DataConfig:
         "batch_size": BATCH.value,
     }  # fmt: skip
     return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def text(config: data.DataConfig, trained_on: str | None) -> data.Corpus:
+    """What is held out of the source that was trained on, or all of another."""
+    return data.prepare(config) if config.source == trained_on else data.prepare_whole(config)
 
 
 def report(model: nn.Module, trees: dict[str, Any], step: int, corpus: data.Corpus, config: configs.Config) -> None:

@@ -140,10 +140,18 @@ def prepare(config: DataConfig, progress: bool = True) -> Corpus:
     )
 
 
+def prepare_whole(config: DataConfig) -> Corpus:
+    """A text to evaluate on and not to train on: all of it is held out. UserError as `prepare`."""
+    corpus = prepare(dataclasses.replace(config, eval_fraction=0.0))
+    return dataclasses.replace(corpus, heldout=corpus.train)
+
+
 def _describe(source: sources.Source, entry: data_cache.Entry, config: DataConfig) -> str:
     held = (
         f"the last {config.eval_fraction:.3g} of each document held out"
         if entry.tails_held_out
+        else f"{len(entry.train.starts)} documents"
+        if not config.eval_fraction
         else f"{len(entry.train.starts)} training and {len(entry.heldout.starts)} held-out documents"
     )
     return (

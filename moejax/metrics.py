@@ -71,7 +71,7 @@ class Writer:
         peak = environment.peak_flops(jax.devices()[0].device_kind)
         self._mfu_per_rate = None if peak is None else flops_per_token / (peak * devices)
         if self.main:
-            with _writing(self.workdir):
+            with writing(self.workdir):
                 self.workdir.mkdir(parents=True, exist_ok=True)
             write_whole(self.workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
             _append(self.workdir / "environment.jsonl", environment.record())
@@ -242,7 +242,8 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError inside into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -253,11 +254,11 @@ def _writing(path: Path) -> Iterator[None]:
 def write_whole(path: Path, text: str) -> None:
     """Writes beside the file and renames, so that a kill leaves the old text or the new. UserError where it can't."""
     beside = path.with_name(path.name + ".new")
-    with _writing(path):
+    with writing(path):
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:
-    with _writing(path), open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")

@@ -261,15 +261,18 @@ def write(
     extra: str = "",
 ) -> None:
     """Writes report.json, report.md, loss.png and, for sparse arms, expert_load.png into `workdir`; for two or more of
-    them max_violation.png."""
+    them max_violation.png. UserError where one can't be written."""
     workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    with metrics.writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_whole(workdir / "report.json", json.dumps(to_json(arms), indent=1) + "\n")
-    figures.loss_against_flops(arms).savefig(workdir / LOSS_FIGURE, dpi=120)
-    load = figures.expert_load(figures.first_finished(arms))
-    if load is not None:
-        load.savefig(workdir / LOAD_FIGURE, dpi=120)
-    violation = figures.violation_and_loss(arms)
-    if violation is not None:
-        violation.savefig(workdir / VIOLATION_FIGURE, dpi=120)
+    drawn = {
+        LOSS_FIGURE: figures.loss_against_flops(arms),
+        LOAD_FIGURE: figures.expert_load(figures.first_finished(arms)),
+        VIOLATION_FIGURE: figures.violation_and_loss(arms),
+    }
+    for name, figure in drawn.items():
+        if figure is not None:
+            with metrics.writing(workdir / name):
+                figure.savefig(workdir / name, dpi=120)
     metrics.write_whole(workdir / "report.md", markdown(arms, classes, title, extra))

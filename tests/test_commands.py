@@ -98,6 +98,18 @@ def test_evaluate_ends_with_one_json_object(server, trained):
     assert json.loads(other.out.splitlines()[-1])["loss"] != last["loss"]
 
 
+def test_another_text_is_evaluated_whole(server, trained, tmp_path):
+    (tmp_path / "a.txt").write_text("the sum of two numbers")  # 22 bytes: a window and a bit
+    (tmp_path / "b.txt").write_text("too short")
+    asked = ("evaluate.py", f"--workdir={trained}", "--json")
+    ended = server.run(*asked, f"--source=text:{tmp_path}/a.txt")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out.splitlines()[-1])["targets"] == 23  # and the document's end
+    assert "1 documents)" in ended.out
+    short = server.run(*asked, f"--source=text:{tmp_path}/b.txt")
+    assert (short.code, short.out) == (2, "") and "fewer than one window" in short.err
+
+
 def test_a_run_is_evaluated_on_whatever_devices_are_there(server, trained, tmp_path):
     """Its config asks for four devices; here is one."""
     workdir = shutil.copytree(trained, tmp_path / "run")
@@ -117,6 +129,14 @@ def test_generate_from_a_copy_of_the_checkpoint_alone(server, trained, tmp_path)
     assert greedy.code == 0, greedy.err
     assert greedy.out == again.out
     assert greedy.out.startswith("the sum ") and len(greedy.out) > len("the sum ")
+
+
+def test_generate_says_what_becomes_of_expert_choice(server, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    ended = server.run("train.py", *command(server, "expert_choice"), "--config.train.steps=1", workdir)
+    assert ended.code == 0, ended.err
+    ended = server.run("generate.py", workdir, "--prompt=the ", "--max_new_tokens=2")
+    assert ended.code == 0 and "each token takes its top 1 experts by score instead" in ended.err, ended.err
 
 
 def test_mistakes_are_one_line_and_lose_nothing(server, trained, tmp_path):

@@ -81,3 +81,12 @@ def test_scores_by_pieces_are_those_of_float32(as_on_a_gpu, dtype):
     np.testing.assert_allclose(
         dkernel.astype(jnp.float32), wanted, rtol=2e-6 if dtype == jnp.float32 else 2**-8, atol=2e-5
     )
+
+
+def test_scores_of_one_row_are_those_of_the_product(as_on_a_gpu):
+    """In sixteen parts of a sum, and fewer where the width allows no more."""
+    for width in (96, 20):
+        keys = jax.random.split(jax.random.key(width), 2)
+        x, kernel = jax.random.normal(keys[0], (1, 1, width), jnp.bfloat16), jax.random.normal(keys[1], (width, E))
+        wanted = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+        np.testing.assert_allclose(jax.jit(layers.scores)(x, kernel), wanted, rtol=1e-6, atol=1e-5)

@@ -1,5 +1,6 @@
 """Reports: paired differences by hand, what one seed may say, partial ablations, tables and figures."""
 
+import errno
 import re
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from fabricated import SWITCH, plan, write_run
 
 from moejax import ablation, figures, report
+from moejax.errors import UserError
 
 
 def arms_with(tmp_path, dense, switch, seeds=None):
@@ -94,6 +96,20 @@ def test_the_report_is_written_with_its_figures(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert len(re.findall(r"\.png\)", text)) == 2
     assert (tmp_path / "report.json").is_file()
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    arms = arms_with(tmp_path, (2.0,), (1.9,))
+
+    def full(figure, path, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(figures.Figure, "savefig", full)
+    with pytest.raises(UserError, match=r"loss\.png can't be written \(No space left on device\): free its disk"):
+        report.write(arms, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file can't be written"):
+        report.write(arms, tmp_path / "file")
 
 
 def test_rows_fit_their_header_and_dense_has_no_routing(tmp_path):
