@@ -88,7 +88,7 @@ def write_streamed(folder: Path, shapes: Mapping[str, Any], arrays: Iterator[tup
     places = hf_tensors.unflatten({path: np.zeros((1,), np.float32) for path in shapes})
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         trees = {name: ocp.args.StandardSave(tree) for name, tree in places.items()}
-        writer.save(folder, args=ocp.args.Composite(**trees))
+        writer.save(folder.absolute(), args=ocp.args.Composite(**trees))
     for path, array in arrays:
         spec = _spec(folder, path)
         with ts.Transaction(atomic=True) as transaction:

@@ -1,6 +1,7 @@
 """Import, generate, export and verify as a user types them; one line for each mistake."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -22,6 +23,11 @@ def server(tmp_path_factory):
         yield server
 
 
+def typed(path):
+    """A path as most users type it: relative to the folder that the command runs in."""
+    return os.path.relpath(path, ROOT)
+
+
 @pytest.fixture(scope="module")
 def imported(server):
     """A workdir of the tiny gpt-oss, whose source has a tokenizer of 128 words beside it."""
@@ -30,7 +36,7 @@ def imported(server):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(source / "tokenizer.json"))
-    ended = server.run("import_hf.py", f"--source={source}", f"--workdir={server.folder / 'run'}")
+    ended = server.run("import_hf.py", f"--source={typed(source)}", f"--workdir={typed(server.folder / 'run')}")
     assert ended.code == 0, ended.err
     assert ended.out.startswith("gpt_oss: 27,760 parameters from 37 tensors") and "peak memory" in ended.out
     return server.folder / "run"
@@ -38,7 +44,7 @@ def imported(server):
 
 def test_an_imported_model_generates_with_the_tokenizer_beside_it(server, imported):
     options = ("--prompt=w5 w9 w11", "--max_new_tokens=4")
-    first = server.run("generate.py", f"--workdir={imported}", *options)
+    first = server.run("generate.py", f"--workdir={typed(imported)}", *options)
     assert first.code == 0, first.err
     assert first.out.startswith("w5 w9 w11")
     assert len(first.out.removeprefix("w5 w9 w11").replace("w", " w").split()) == 4
@@ -53,7 +59,7 @@ def test_an_imported_model_generates_with_the_tokenizer_beside_it(server, import
 
 def test_export_gives_the_source_back(server, imported):
     target = server.folder / "exported"
-    ended = server.run("export_hf.py", f"--workdir={imported}", f"--target={target}")
+    ended = server.run("export_hf.py", f"--workdir={typed(imported)}", f"--target={typed(target)}")
     assert ended.code == 0, ended.err
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert json.loads((target / name).read_text()) == json.loads((server.folder / "source" / name).read_text())
