@@ -52,6 +52,10 @@ def imported() -> None:
     texts = prompts()
     encoded = [encoder.encode(text).ids or [tokenizer.end_of_document] for text in texts]
     model, variables = stored.load()
+    largest = max(max(ids) for ids in encoded)
+    if largest >= model.config.vocab_size:
+        raise UserError(f"tokenizer {path} gives token {largest} and the model has {model.config.vocab_size} tokens: "
+                        "give the tokenizer.json of this model")  # fmt: skip
     ends = hf_import.eos_ids(Path(WORKDIR.value) / "tokenizer") or tokenizer.end_of_document
     run(model, variables, tokenizer, texts, encoded, ends)
 

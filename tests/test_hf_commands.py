@@ -53,6 +53,10 @@ def test_an_imported_model_generates_with_the_tokenizer_beside_it(server, import
     both = server.run("generate.py", f"--workdir={imported}", *options, f"--prompt_file={more}")
     assert both.code == 0, both.err
     assert both.out.startswith(first.out) and both.out.removeprefix(first.out).startswith("w7")
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel({"far": 128, "<|endoftext|>": 0}, unk_token="far"))
+    other.save(str(server.folder / "other.json"))
+    foreign = server.run("generate.py", f"--workdir={imported}", *options, f"--tokenizer={server.folder}/other.json")
+    assert foreign.code == 2 and "gives token 128 and the model has 128 tokens" in foreign.err, foreign.err
     none = server.run("generate.py", f"--workdir={imported}", f"--prompt_file={more}.none")
     assert none.code and "can't be read as text, one prompt a line" in none.err
 
