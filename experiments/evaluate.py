@@ -28,7 +28,7 @@ from moejax.train_step import PROBE
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run, or a copy of its checkpoint.", required=True)
 EXPERTS = flags.DEFINE_integer("experts_per_token", None, "Experts per token, if another number than in training.")
-BATCHES = flags.DEFINE_integer("batches", None, "Evaluate this many batches; all held-out text by default.", 1)
+BATCHES = flags.DEFINE_integer("batches", None, "Evaluate this many batches; the whole of that text by default.", 1)
 SOURCE = flags.DEFINE_string("source", None, "Another text, evaluated whole: as data.source. An import needs one.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json for an imported model; else the one beside it.")
 LENGTH = flags.DEFINE_integer("sequence_length", None, "Tokens of a window, if not those of the run.", 1)

@@ -117,8 +117,9 @@ def prepare(config: DataConfig, progress: bool = True) -> Corpus:
     ]
     for (_, source), entry in zip(mixture, entries, strict=True):
         if entry.train.num_targets < config.sequence_length:
+            kind = "training tokens" if config.eval_fraction else "tokens"
             raise UserError(
-                f"data.source {source} has {entry.train.num_targets} training tokens, fewer than one window of "
+                f"data.source {source} has {entry.train.num_targets} {kind}, fewer than one window of "
                 f"data.sequence_length={config.sequence_length}; give more text or a shorter sequence_length"
             )
     total = sum(weight for weight, _ in mixture)
