@@ -8,6 +8,7 @@ folder named by a number was whole once; `restore` compares the sizes of its fil
 the newest one that is still whole. A save that fails (a full disk) costs that save and a warning line, nothing older.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -32,8 +33,9 @@ _log = logging.getLogger(__name__)
 # orbax logs its life's story, tracebacks included, through absl; what matters is raised, and told here in one line.
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 # Of several reads or writes that fail together one is raised; asyncio would tell of the others with a traceback each.
+_TOLD = ("OCDBT", "OSError(28")  # tensorstore's words, and Python's for a full disk
 logging.getLogger("asyncio").addFilter(
-    lambda record: "never retrieved" not in record.getMessage() or "OCDBT" not in record.getMessage()
+    lambda record: "never retrieved" not in record.getMessage() or not any(t in record.getMessage() for t in _TOLD)
 )
 _ORBAX_OWN = ("_CHECKPOINT_METADATA", "commit_success.txt")  # rewritten after the manifest, never needed
 
@@ -54,7 +56,7 @@ class Checkpointer:
 
     directory: the run's workdir; checkpoints go to directory/checkpoints. What a killed run left half-written there is
     removed. start: the step that the run goes on from; the first save puts later folders aside, for `restore` went past
-    them as damaged. Every process of a run makes one and calls every method.
+    them as damaged. Every process of a run makes one and calls every method. Raises UserError where it can't begin.
     """
 
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2, *, start: int | None = None):
@@ -67,7 +69,11 @@ class Checkpointer:
         options = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         if jax.process_index() == 0:
-            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"{self.root} can't be written ({error.strerror}): free its disk, and the same command "
+                                "continues; or name another folder") from error  # fmt: skip
             for entry in self.root.iterdir():
                 if ".orbax-checkpoint-tmp" in entry.name or entry.name.endswith(".old"):
                     shutil.rmtree(entry, ignore_errors=True)
@@ -157,6 +163,11 @@ class Checkpointer:
 
     def _give_up(self, error: Exception) -> None:
         step, self._pending = self._pending[0] if self._pending else -1, None
+        # orbax raises one error a call: the others of this save would be laid to the next one, or to `close`.
+        for _ in range(8):
+            with contextlib.suppress(Exception):
+                self._writer.wait_until_finished()
+                break
         if jax.process_index() == 0:
             for half in self.root.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)

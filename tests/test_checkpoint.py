@@ -237,6 +237,7 @@ def test_another_models_checkpoint_names_the_parameter(written):
 def test_asyncios_tracebacks_of_failed_writes_are_left_out_and_others_kept(caplog):
     logger = logging.getLogger("asyncio")
     logger.error("Task exception was never retrieved\nfuture: <Task exception=ValueError('Error writing in OCDBT')>")
+    logger.error("Future exception was never retrieved\nfuture: <Future exception=OSError(28, 'No space left')>")
     logger.error("Task exception was never retrieved\nfuture: <Task exception=ValueError('of someone else')>")
     (record,) = caplog.records
     assert "someone else" in record.message
@@ -258,6 +259,12 @@ def test_a_failed_save_is_one_line_and_costs_nothing_older(tmp_path, caplog, mon
         saver.save(3, state(3), data=DATA, config=CONFIG)  # and the run goes on
         assert saver.wait()
     assert checkpoint.restore(tmp_path, abstract(state(0))).step == 3
+
+
+def test_a_place_that_is_no_folder_is_one_line(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"checkpoints can't be written .File exists.: .* name another folder"):
+        checkpoint.Checkpointer(tmp_path)
 
 
 # Saves steps 1, 2, … of a state that is full of its step, until it is killed or has done `count` of them.
@@ -293,9 +300,11 @@ def check_whole(directory, step: int) -> None:
         np.testing.assert_array_equal(value, np.arange(1 << 16, dtype=np.float32) + step)
 
 
-def test_a_full_disk_in_the_arrays_keeps_the_older_checkpoint(tmp_path):
-    """A file-size limit below the arrays' size stands for the full disk: the write itself fails, in the background."""
-    process = start(tmp_path, 1, 2, 100_000, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("limit", [100_000, 10])
+def test_a_full_disk_in_the_arrays_keeps_the_older_checkpoint(tmp_path, limit):
+    """A file-size limit stands for the full disk: the write of the arrays fails in the background, and with the lower
+    limit that of orbax's own files too."""
+    process = start(tmp_path, 1, 2, limit, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert out.split() == ["1", "2"]
