@@ -161,7 +161,7 @@ def read_result(config: Config, folder: Path) -> dict[str, Any] | None:
     """The result in `folder` if it is of as many steps and evaluation batches as the config asks for."""
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # JSON's and UTF-8's errors are ValueErrors
         return None
     now = (config.train.steps, config.train.eval_batches)
     return result if (result["step"], result["eval_batches"]) == now else None

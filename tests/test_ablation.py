@@ -114,6 +114,23 @@ def test_what_is_unfinished_or_of_other_steps_is_left_out(tmp_path):
     assert len(ablation.collect(ablated, tmp_path)[0].finished) == 1
 
 
+@pytest.mark.parametrize("place", [".", "switch", "switch/seed_0"])
+def test_a_file_where_a_folder_should_be_is_an_unfinished_run(tmp_path, place):
+    path = tmp_path / "runs" / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("")
+    (arm,) = ablation.collect(plan(tmp_path, seeds=(0,), switch=SWITCH), tmp_path / "runs")
+    assert not arm.finished
+    with pytest.raises(UserError, match=r"arm 'switch', seed 0: .*switch/seed_0 .*(is a file|Not a directory)"):
+        ablation.run(plan(tmp_path, seeds=(0,), switch=SWITCH), tmp_path / "runs", progress=False)
+
+
+def test_a_result_that_is_no_text_is_no_result(tmp_path):
+    write_run(tmp_path, "dense", 0, {2: 3.0, 4: 2.0})
+    (ablation.folder_of(tmp_path, "dense", 0) / ablation.RESULT).write_bytes(b"\xff\xfe")
+    assert not ablation.collect(plan(tmp_path, seeds=(0,), dense=None), tmp_path)[0].finished
+
+
 def test_without_a_dense_arm_there_is_no_compute_to_its_loss(tmp_path):
     write_run(tmp_path, "switch", 0, {2: 2.6, 4: 1.8}, sparse=True)
     figures = ablation.to_json(ablation.collect(plan(tmp_path, seeds=(0,), switch=SWITCH), tmp_path))["arms"]
