@@ -176,6 +176,8 @@ def ablation_from_config_dict(values: Mapping[str, Any] | config_dict.ConfigDict
     changes, seeds, classes = plain.pop("arms"), plain.pop("seeds"), plain.pop("classes", None)
     arms = {}
     for name, change in changes.items():
+        if not isinstance(change, dict):
+            raise UserError(f"config.arms: {name!r} is {change!r}; give a dict of the fields that this arm changes")
         try:
             arms[name] = from_config_dict(schema.merge(plain, change))
         except UserError as error:

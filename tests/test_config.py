@@ -114,6 +114,7 @@ def test_an_ablations_mistakes():
     assert ablation_from_config_dict(good).arms["a"].train.steps == 3
     for change, words in (
         ({"arms": {"a": {"train": {"step": 3}}}}, "arm 'a': config.train.step does not exist"),
+        ({"arms": {"a": 3}}, "config.arms: 'a' is 3; give a dict"),
         ({"seeds": []}, "config.seeds is missing or empty"),
         ({"seeds": ["x"]}, "config.seeds='x': it needs an int"),
         ({"classes": {"one": ["b"]}}, "config.classes must hold every arm once"),
