@@ -90,6 +90,8 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> l
         raise UserError(_in_config_file(error, files) or _explain(error, argv)) from error
     if "config" in flag_values and flag_values["config"].value is None:
         raise UserError("--config is missing; give one of experiments/configs/*.py or your own, as --help shows")
+    if "workdir" in flag_values and flag_values["workdir"].value == "":  # a shell's variable that isn't set
+        raise UserError("--workdir= is empty; give a folder, or . for this one")
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} belongs to no flag; write --flag=value (see --help)")
     return rest

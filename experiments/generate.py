@@ -31,7 +31,7 @@ NEW = flags.DEFINE_integer("max_new_tokens", 64, "Stop after this many tokens, o
 TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0: always the likeliest token.")
 TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that hold this share of the probability.")
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer.json for an imported model; else the one beside it.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.", 0, 2**63 - 1)
 
 
 def main() -> None:

@@ -17,7 +17,9 @@ from moejax import data_cache, sources, tokenizers
 from moejax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", "python-stdlib", "What to train on: a data.source, as in moejax/sources.py.")
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Tokens, the 256 bytes and <|endoftext|> among them.")
+_VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 4096, "Tokens, the 256 bytes and <|endoftext|> among them.", upper_bound=2**31 - 1
+)
 _OUTPUT = flags.DEFINE_string("output", "tokenizer.json", "The file to write.")
 _EVAL_FRACTION = flags.DEFINE_float("eval_fraction", 0.02, "data.eval_fraction of the runs that will use it.")
 

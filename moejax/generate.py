@@ -138,7 +138,7 @@ def generate(
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise UserError("an empty prompt was given; give at least one token to continue from")
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:  # NaN is neither
         raise UserError(
             f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}: need at least 1 new token, "
             "temperature ≥ 0 and 0 < top_p ≤ 1"

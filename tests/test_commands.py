@@ -184,6 +184,25 @@ def test_mistakes_are_one_line_and_lose_nothing(server, trained, tmp_path):
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("evaluate.py", "--workdir="), "--workdir= is empty; give a folder, or . for this one"),
+        (("generate.py", "--workdir={trained}", "--seed=99999999999999999999"), "--seed=99999999999999999999"),
+        (("generate.py", "--workdir={trained}", "--seed=x"), "--seed=x"),
+        (("generate.py", "--workdir={trained}", "--prompt_file={trained}"), "can't be read as text, one prompt a line"),
+        (("train_tokenizer.py", "--vocab_size=99999999999999999999"), "--vocab_size=99999999999999999999"),
+        (("ablate.py", "--config=experiments/configs/ablations/balance.py", "--report_only",
+          "--workdir={trained}/config.json"), "holds no evaluated run"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_flags_are_one_line_too(server, trained, arguments, words):
+    ended = server.run(*(argument.format(trained=trained) for argument in arguments))
+    assert ended.code == 2 and "Traceback" not in ended.err, ended.err
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert words in line
+
+
 def test_a_real_start_and_help():
     """Not through the server: the file itself, by its path, from the repository's root."""
     ended = subprocess.run([sys.executable, "experiments/train.py", "--help"], cwd=ROOT, capture_output=True, text=True)

@@ -98,6 +98,7 @@ def test_ends_after_the_end_of_a_document_and_streams():
         ([[1], []], {}),
         ([[1]], {"max_new_tokens": 0}),
         ([[1]], {"temperature": -1.0}),
+        ([[1]], {"temperature": float("nan")}),
         ([[1]], {"top_p": 0.0}),
         ([[1]], {"top_p": 1.5}),
     ],
