@@ -52,8 +52,12 @@ def trained() -> None:
     if found.data.get("tokenizer", corpus.tokenizer.text) != corpus.tokenizer.text:
         raise UserError(f"{config.data.tokenizer} is not the tokenizer of --workdir={WORKDIR.value}: restore the file, "
                         "or leave --tokenizer out")  # fmt: skip
-    if corpus.content_hash != found.data["content_hash"] and SOURCE.value is None:
+    same = corpus.content_hash == found.data["content_hash"]
+    if not same and SOURCE.value is None:
         print("warning: the text is not the one that the run was trained on: what is held out of it may have been seen",
+              file=sys.stderr)  # fmt: skip
+    if same and config.data.source != trained_on:
+        print("warning: the run was trained on this text; leave --source out to evaluate what was held out of it",
               file=sys.stderr)  # fmt: skip
     report(LM(config.model), found.trees, found.step, corpus, config)
 

@@ -247,8 +247,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}): free its disk, and the same command continues; "
-                        "or name another folder") from error  # fmt: skip
+        raise UserError(f"{path} can't be written ({error.strerror or error}): free its disk, and the same command "
+                        "continues; or name another folder") from error  # fmt: skip
 
 
 def write_whole(path: Path, text: str) -> None:

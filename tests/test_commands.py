@@ -106,6 +106,8 @@ def test_another_text_is_evaluated_whole(server, trained, tmp_path):
     assert ended.code == 0, ended.err
     assert json.loads(ended.out.splitlines()[-1])["targets"] == 23  # and the document's end
     assert "1 documents)" in ended.out
+    seen = server.run(*asked, f"--source=text:{server.folder}/./text/*.txt", "--batches=1")
+    assert seen.code == 0 and "warning: the run was trained on this text; leave --source out" in seen.err, seen.err
     short = server.run(*asked, f"--source=text:{tmp_path}/b.txt")
     assert (short.code, short.out) == (2, "") and "fewer than one window" in short.err
 
