@@ -101,7 +101,7 @@ def text(config: data.DataConfig, trained_on: str | None) -> data.Corpus:
 def report(model: nn.Module, trees: dict[str, Any], step: int, corpus: data.Corpus, config: configs.Config) -> None:
     """Evaluates on the mesh at hand and prints."""
     if not corpus.heldout_windows:
-        raise UserError(f"data.source={config.data.source}: no text is held out, so there is nothing to evaluate on")
+        raise UserError(f"data.source={config.data.source}: no text is held out; give another text as --source")
     mesh = mesh_at_hand(config)
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(PROBE, jnp.int32))
     result = evaluate(

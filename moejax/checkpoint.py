@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from moejax.errors import UserError
+from moejax.errors import UserError, writing
 
 PyTree = Any
 MANIFEST = "checkpoint.json"
@@ -69,11 +69,8 @@ class Checkpointer:
         options = ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest)
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         if jax.process_index() == 0:
-            try:
+            with writing(self.root):
                 self.root.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{self.root} can't be written ({error.strerror}): free its disk, and the same command "
-                                "continues; or name another folder") from error  # fmt: skip
             for entry in self.root.iterdir():
                 if ".orbax-checkpoint-tmp" in entry.name or entry.name.endswith(".old"):
                     shutil.rmtree(entry, ignore_errors=True)

@@ -148,13 +148,12 @@ def prepare_whole(config: DataConfig) -> Corpus:
 
 
 def _describe(source: sources.Source, entry: data_cache.Entry, config: DataConfig) -> str:
-    held = (
-        f"the last {config.eval_fraction:.3g} of each document held out"
-        if entry.tails_held_out
-        else f"{len(entry.train.starts)} documents"
-        if not config.eval_fraction
-        else f"{len(entry.train.starts)} training and {len(entry.heldout.starts)} held-out documents"
-    )
+    if entry.tails_held_out:
+        held = f"the last {config.eval_fraction:.3g} of each document held out"
+    elif config.eval_fraction:
+        held = f"{len(entry.train.starts)} training and {len(entry.heldout.starts)} held-out documents"
+    else:
+        held = f"{len(entry.train.starts)} documents"
     return (
         f"{sources.describe(source)} ({entry.num_files} files, {entry.num_bytes / 1e6:.2f} MB, "
         f"content {entry.digest[:12]}, {config.tokenizer} tokens, {held})"

@@ -10,14 +10,13 @@ The jsonl files are append-only. After a resume each step is there once: `cut_af
 seen, and the half line that a kill may leave.
 """
 
-import contextlib
 import json
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import tqdm
 
 from moejax import accounting, checkpoint, environment, tensorboard
 from moejax.config import Config, from_config_dict, to_dict
-from moejax.errors import UserError
+from moejax.errors import UserError, writing
 
 FIELDS = (
     "step", "loss", "total_loss", "bits_per_byte", "grad_norm", "learning_rate", "tokens_per_second",
@@ -239,16 +238,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError inside into a UserError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror or error}): free its disk, and the same command "
-                        "continues; or name another folder") from error  # fmt: skip
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from scipy import stats
 from moejax import figures, metrics
 from moejax.ablation import Arm, dense_arm, flops_to_dense_loss, mean_and_std, to_json
 from moejax.config import MoEConfig
+from moejax.errors import writing
 
 Classes = Mapping[str, Sequence[str]] | None
 LOSS_FIGURE, LOAD_FIGURE, VIOLATION_FIGURE = "loss.png", "expert_load.png", "max_violation.png"
@@ -263,7 +264,7 @@ def write(
     """Writes report.json, report.md, loss.png and, for sparse arms, expert_load.png into `workdir`; for two or more of
     them max_violation.png. UserError where one can't be written."""
     workdir = Path(workdir)
-    with metrics.writing(workdir):
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     metrics.write_whole(workdir / "report.json", json.dumps(to_json(arms), indent=1) + "\n")
     drawn = {
@@ -273,6 +274,6 @@ def write(
     }
     for name, figure in drawn.items():
         if figure is not None:
-            with metrics.writing(workdir / name):
+            with writing(workdir / name):
                 figure.savefig(workdir / name, dpi=120)
     metrics.write_whole(workdir / "report.md", markdown(arms, classes, title, extra))
