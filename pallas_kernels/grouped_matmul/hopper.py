@@ -68,14 +68,16 @@ def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
 def pipeline(t: Tiling, count, info, steps, load, compute, ready, free, sums=((128, COLUMNS),)):
     """Runs this block's share of `count` tiles: the loading warp, and the two compute warpgroups by turns.
 
-    info(lin) -> a tile's scalars; steps(tile): how many stages it takes; load(tile, k, slot, barrier) fills a slot;
-    compute(warpgroup, tile, accumulate), where accumulate(operands, store) multiplies all its steps: operands(k, slot)
-    gives the two factors of every accumulator, whose shapes are `sums` (or what accumulate is given), and store takes
-    their values.
+    info(lin) -> a tile's scalars, lin as `schedule.turn` has it; steps(tile): how many stages it takes; load(tile, k,
+    slot, barrier) fills a slot; compute(warpgroup, tile, accumulate), where accumulate(operands, store) multiplies all
+    its steps: operands(k, slot) gives the two factors of every accumulator, whose shapes are `sums` (or what accumulate
+    is given), and store takes their values.
     """
     clusters = t.blocks // 2
     block = lax.axis_index("block")
-    mine = lax.div(count - block + (clusters - 1), jnp.int32(clusters))
+    nth = functools.partial(schedule.turn, block=block, clusters=clusters)
+    rounds = lax.div(count, jnp.int32(clusters))
+    mine = rounds + (nth(rounds) < count).astype(jnp.int32)
 
     def slot(step):
         return lax.rem(step, jnp.int32(t.stages))
@@ -85,11 +87,11 @@ def pipeline(t: Tiling, count, info, steps, load, compute, ready, free, sums=((1
 
         def loop(i, carry):
             tile, base = carry
-            following = info(block + (i + 1) * clusters)
+            following = info(nth(i + 1))
             body(i, tile, base)
             return following, base + steps(tile)
 
-        return lax.fori_loop(0, mine, loop, (info(block), jnp.int32(0)))[1]
+        return lax.fori_loop(0, mine, loop, (info(nth(jnp.int32(0))), jnp.int32(0)))[1]
 
     def producer():
         plgpu.set_max_registers(40, action="decrease")

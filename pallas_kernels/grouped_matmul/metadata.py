@@ -14,12 +14,14 @@ from pallas_kernels.grouped_matmul import schedule
 class GroupMetadata:
     """Rows [starts[e], ends[e]) belong to group e. starts, ends (E,) i32; rows from ends[-1] on belong to none.
 
-    row_tiles: the Hopper kernel's `schedule.row_tiles`, where the platform is a GPU.
+    Where the platform is a GPU, for the Hopper kernels: row_tiles, `schedule.row_tiles`, and by_size (E,) i32, the
+    groups, largest first.
     """
 
     starts: jax.Array
     ends: jax.Array
     row_tiles: tuple[jax.Array, jax.Array] | None = None
+    by_size: jax.Array | None = None
 
 
 def group_metadata(group_sizes: jax.Array, M: int) -> GroupMetadata:
@@ -33,8 +35,9 @@ def group_metadata(group_sizes: jax.Array, M: int) -> GroupMetadata:
         check_sizes(group_sizes, M)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     starts = ends - group_sizes
-    on_gpu = jax.default_backend() == "gpu"
-    return GroupMetadata(starts, ends, schedule.row_tiles(starts, ends, M) if on_gpu else None)
+    if jax.default_backend() != "gpu":
+        return GroupMetadata(starts, ends)
+    return GroupMetadata(starts, ends, schedule.row_tiles(starts, ends, M), schedule.by_size(starts, ends))
 
 
 def check_sizes(group_sizes: jax.Array, M: int) -> None:

@@ -71,7 +71,8 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tili
     body = functools.partial(_drhs_kernel, t)
     stage = {"a": (_STEP, _ROWS), "b": (_STEP, COLUMNS)}
     kernel = hopper.launch("grouped_matmul_drhs", body, t, out, stage, lhs.dtype)
-    result = kernel(metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare))
+    order = schedule.by_size(metadata.starts, metadata.ends) if metadata.by_size is None else metadata.by_size
+    result = kernel(order, metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare))
     return vary_alike(result, lhs)[0]
 
 
@@ -120,14 +121,14 @@ def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a,
     hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free)
 
 
-def _drhs_kernel(t: Tiling, starts, ends, lhs, grad, out, *, a, b, staging, ready, free):
+def _drhs_kernel(t: Tiling, by_size, starts, ends, lhs, grad, out, *, a, b, staging, ready, free):
     E, K, N = out.shape
     columns, down = pl.cdiv(N, 2 * COLUMNS), pl.cdiv(K, _ROWS)
     sweep = max(size for size in range(1, min(schedule.WIDTH, down) + 1) if down % size == 0)
 
     def info(lin):
-        group = jnp.minimum(lax.div(lin, jnp.int32(columns * down)), E - 1)
-        within = lin - group * (columns * down)
+        nth = jnp.minimum(lax.div(lin, jnp.int32(columns * down)), E - 1)
+        group, within = by_size[nth], lin - nth * (columns * down)
         first = lax.div(within, jnp.int32(sweep * columns)) * sweep
         tile, column = schedule.place(within, first, jnp.int32(sweep), columns)
         return group, lax.div(starts[group], jnp.int32(8)), starts[group], ends[group], tile, column

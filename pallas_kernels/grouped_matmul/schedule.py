@@ -53,6 +53,17 @@ def row_tiles(starts: jax.Array, ends: jax.Array, M: int) -> tuple[jax.Array, ja
     return stop[-1:], jnp.stack(columns, axis=1)
 
 
+def by_size(starts: jax.Array, ends: jax.Array) -> jax.Array:
+    """The groups, largest first, (E,) i32: the order in which a weight gradient takes them."""
+    return jnp.argsort(starts - ends).astype(jnp.int32)
+
+
+def turn(i, block, clusters: int):
+    """Which tile a cluster takes as its i-th (from 0): one each from the first cluster to the last, then from the last
+    to the first. Where tiles come largest first, that evens out what the clusters sum to."""
+    return i * clusters + jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, clusters - 1 - block)
+
+
 def place(lin, sweep, size, columns: int):
     """(tile, column) of the linear index `lin` within its sweep: down the rows first, then on to the next column."""
     within = lin - sweep * columns

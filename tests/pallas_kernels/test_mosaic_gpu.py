@@ -173,6 +173,18 @@ def test_row_tiles_cover_every_row_once(seed):
     np.testing.assert_array_equal(owner, np.repeat(np.arange(10), [*sizes, M - sizes.sum()]))
 
 
+def test_turns_take_every_tile_once_and_even_out():
+    """Costs 100, 99, …, 1 for 5 clusters, in sums of 1010 each; the same in order and not in turn: 960 to 1050."""
+    tiles = np.stack([schedule.turn(jnp.arange(20, dtype=jnp.int32), block, 5) for block in range(5)])
+    np.testing.assert_array_equal(np.sort(tiles, axis=None), np.arange(100))
+    np.testing.assert_array_equal((100 - tiles).sum(1), [1010] * 5)
+
+
+def test_by_size():
+    starts, ends = jnp.array([0, 3, 3, 9]), jnp.array([3, 3, 9, 12])
+    np.testing.assert_array_equal(schedule.by_size(starts, ends), [2, 0, 3, 1])
+
+
 def test_place_takes_every_tile_once():
     count, tiles = schedule.row_tiles(jnp.array([0, 2500]), jnp.array([2500, 2600]), 2600)
     lin = jnp.arange(int(count[0]) * 3)
