@@ -25,6 +25,8 @@ def main(folder: str, ids: str, out: str) -> None:
         outputs.append((output[0] if isinstance(output, tuple) else output).float().numpy())
 
     decoder = model.get_decoder()
+    if not (hasattr(decoder, "layers") or hasattr(decoder, "blocks")):  # a multimodal model gives its language model
+        decoder = decoder.model
     for layer in decoder.layers if hasattr(decoder, "layers") else decoder.blocks:
         layer.register_forward_hook(keep)
     with torch.no_grad():
