@@ -65,19 +65,20 @@ def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
     )
 
 
-def pipeline(t: Tiling, count, info, steps, load, compute, ready, free, sums=((128, COLUMNS),)):
+def pipeline(
+    t: Tiling, count, info, steps, load, compute, ready, free, sums=((128, COLUMNS),), turn=schedule.round_robin
+):
     """Runs this block's share of `count` tiles: the loading warp, and the two compute warpgroups by turns.
 
-    info(lin) -> a tile's scalars, lin as `schedule.turn` has it; steps(tile): how many stages it takes; load(tile, k,
-    slot, barrier) fills a slot; compute(warpgroup, tile, accumulate), where accumulate(operands, store) multiplies all
-    its steps: operands(k, slot) gives the two factors of every accumulator, whose shapes are `sums` (or what accumulate
-    is given), and store takes their values.
+    info(lin) -> a tile's scalars; steps(tile): how many stages it takes; load(tile, k, slot, barrier) fills a slot;
+    compute(warpgroup, tile, accumulate), where accumulate(operands, store) multiplies all its steps: operands(k, slot)
+    gives the two factors of every accumulator, whose shapes are `sums` (or what accumulate is given), and store takes
+    their values. turn: which tiles a cluster takes, `schedule.round_robin` or `back_and_forth`.
     """
     clusters = t.blocks // 2
     block = lax.axis_index("block")
-    nth = functools.partial(schedule.turn, block=block, clusters=clusters)
-    rounds = lax.div(count, jnp.int32(clusters))
-    mine = rounds + (nth(rounds) < count).astype(jnp.int32)
+    nth = functools.partial(turn, cluster=block, clusters=clusters)
+    mine = schedule.turns(count, nth, clusters)
 
     def slot(step):
         return lax.rem(step, jnp.int32(t.stages))

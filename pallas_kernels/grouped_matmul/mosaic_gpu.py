@@ -163,7 +163,8 @@ def _drhs_kernel(t: Tiling, by_size, starts, ends, lhs, grad, out, *, a, b, stag
 
         accumulate(operands, store)
 
-    hopper.pipeline(t, E * columns * down, info, steps, load, compute, ready, free)
+    tiles, turn = E * columns * down, schedule.back_and_forth
+    hopper.pipeline(t, tiles, info, steps, load, compute, ready, free, turn=turn)
 
 
 def _keep_rows(refs, start, stop):

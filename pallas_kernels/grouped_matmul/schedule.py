@@ -58,10 +58,24 @@ def by_size(starts: jax.Array, ends: jax.Array) -> jax.Array:
     return jnp.argsort(starts - ends).astype(jnp.int32)
 
 
-def turn(i, block, clusters: int):
-    """Which tile a cluster takes as its i-th (from 0): one each from the first cluster to the last, then from the last
-    to the first. Where tiles come largest first, that evens out what the clusters sum to."""
-    return i * clusters + jnp.where(lax.rem(i, jnp.int32(2)) == 0, block, clusters - 1 - block)
+def round_robin(i, cluster, clusters: int):
+    """The number of the tile that a cluster takes as its i-th, from 0: they take one each, always in the same order."""
+    return i * clusters + cluster
+
+
+def back_and_forth(i, cluster, clusters: int):
+    """`round_robin`, but every second round from the last cluster to the first.
+
+    Where tiles come largest first, that evens out what the clusters sum to.
+    """
+    return i * clusters + jnp.where(lax.rem(i, jnp.int32(2)) == 0, cluster, clusters - 1 - cluster)
+
+
+def turns(count, nth, clusters: int):
+    """How many of `count` tiles are a cluster's, of which nth(i) is its i-th: one of each whole round, and of the rest
+    if it is there."""
+    rounds = lax.div(jnp.int32(count), jnp.int32(clusters))
+    return rounds + (nth(rounds) < count).astype(jnp.int32)
 
 
 def place(lin, sweep, size, columns: int):

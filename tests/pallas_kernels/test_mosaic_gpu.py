@@ -141,6 +141,17 @@ def test_an_infinity_stays_in_its_group(capfd):
     assert np.isnan(np.asarray(out[2].astype(jnp.float32))).all()
 
 
+def test_a_weight_gradient_by_two_clusters(capfd):
+    """Six tiles, three rounds, by four blocks; the largest group comes first, the empty one last."""
+    sizes = np.array([51, 0, 70], np.int32)
+    lhs, rhs, grad = operands(sizes, 128, 128, 384)
+    metadata = group_metadata(jnp.asarray(sizes), 128)
+    tiles = dataclasses.replace(mosaic_gpu.DRHS, blocks=4)
+    out = interpreted(lambda: mosaic_gpu.drhs(lhs, grad, jnp.asarray(sizes), metadata, jnp.bfloat16, tiles), capfd)
+    assert_close(out, exact(lhs, rhs, grad, sizes)[2])
+    assert (np.asarray(out[1].astype(jnp.float32)) == 0).all()
+
+
 def test_row_tiles_by_hand():
     # rows 0-129 | none | 130-299, then 20 rows of nobody: tiles of 128 from rows 0, 128 | 128 (130 down to an eight),
     # 256 | 296 (300 down to an eight)
@@ -173,11 +184,25 @@ def test_row_tiles_cover_every_row_once(seed):
     np.testing.assert_array_equal(owner, np.repeat(np.arange(10), [*sizes, M - sizes.sum()]))
 
 
-def test_turns_take_every_tile_once_and_even_out():
-    """Costs 100, 99, …, 1 for 5 clusters, in sums of 1010 each; the same in order and not in turn: 960 to 1050."""
-    tiles = np.stack([schedule.turn(jnp.arange(20, dtype=jnp.int32), block, 5) for block in range(5)])
-    np.testing.assert_array_equal(np.sort(tiles, axis=None), np.arange(100))
-    np.testing.assert_array_equal((100 - tiles).sum(1), [1010] * 5)
+@pytest.mark.parametrize("turn", [schedule.round_robin, schedule.back_and_forth])
+@pytest.mark.parametrize("count", [0, 3, 5, 12, 20, 23])
+def test_turns_take_every_tile_once(turn, count):
+    """By 5 clusters: none, fewer than one each, whole rounds, and a last one of two or three, forth and back."""
+    taken = []
+    for cluster in range(5):
+        nth = functools.partial(turn, cluster=cluster, clusters=5)
+        taken += [int(nth(jnp.int32(i))) for i in range(int(schedule.turns(count, nth, 5)))]
+    assert sorted(taken) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("turn", "sums"),
+    [(schedule.round_robin, [1050, 1030, 1010, 990, 970]), (schedule.back_and_forth, [1010] * 5)],
+)
+def test_largest_first_back_and_forth_evens_out(turn, sums):
+    """Costs 100, 99, …, 1 for 5 clusters."""
+    tiles = np.stack([turn(jnp.arange(20, dtype=jnp.int32), cluster, 5) for cluster in range(5)])
+    np.testing.assert_array_equal((100 - tiles).sum(1), sums)
 
 
 def test_by_size():
