@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from moejax import checkpoint, hf_export, hf_import, hf_tensors, schema
-from moejax.errors import UserError
+from moejax.errors import UserError, writing
 from moejax.models.family import Family
 
 CHUNK_BYTES = 64 * 2**20  # arrays are stored in pieces of about this size, so that a mesh reads what it needs
@@ -56,8 +56,9 @@ def convert(
         for rule in family.rules(config)
         for path in rule.paths
     )
-    workdir.mkdir(parents=True, exist_ok=True)
-    hf_export.check_room(workdir, size)
+    with writing(workdir):
+        root.mkdir(parents=True, exist_ok=True)
+        hf_export.check_room(workdir, size)
     partial = root / "0.orbax-checkpoint-tmp-import"
     try:
         write_streamed(partial, shapes, found)

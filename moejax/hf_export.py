@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from moejax import hf_import, hf_tensors, safetensors
-from moejax.errors import UserError
+from moejax.errors import UserError, writing
 from moejax.models.family import Family
 
 SHARD_BYTES = 5 * 10**9
@@ -40,7 +40,7 @@ def export(
     files by name, such as the tokenizer's. One rule's arrays are in memory at a time.
 
     Raises:
-      UserError: the target exists, the disk is too small, or a dtype has no name in safetensors.
+      UserError: the target exists or can't be written, the disk is too small, or a dtype has no name in safetensors.
     """
     target = Path(target)
     if target.exists():
@@ -56,13 +56,12 @@ def export(
     specs = {name: (names[name], tensors[name]) for rule in rules for name in rule.names}
     shards = _split(specs, shard_bytes)
     total = sum(map(_bytes, specs.values()))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    check_room(target.parent, total)
-
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    with writing(target):
+        partial.mkdir(parents=True)
     try:
+        check_room(partial, total)
         values = _values(rules, read)
         for file, part in shards.items():
             safetensors.write(partial / file, part, (next(values) for _ in part))

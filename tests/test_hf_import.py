@@ -88,6 +88,17 @@ def test_arrays_larger_than_a_piece_are_cut(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found[path], array)
 
 
+@pytest.mark.parametrize("below", ["file", "file/run"])
+def test_a_folder_that_can_not_be_made_ends_in_one_line(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file.* can't be written .*: .*name another folder"):
+        hf_checkpoint.convert(TINY / "mixtral", tmp_path / below, models.FAMILIES)
+    source, family, config, _ = hf_import.open_checkpoint(TINY / "mixtral", models.FAMILIES)
+    variables = hf_tensors.unflatten(dict(hf_import.parameters(source, family, config)))
+    with pytest.raises(UserError, match=r"file.* can't be written .*: .*name another folder"):
+        hf_export.export_variables(tmp_path / "file" / "out", family, config, variables)
+
+
 def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(hf_export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 10))
     with pytest.raises(UserError, match="GB are needed"):
