@@ -192,6 +192,24 @@ def test_prediction_modules_change_only_their_loss_and_are_saved_with_the_tables
     assert again.config == MTP and jax.tree.all(jax.tree.map(np.array_equal, loaded, variables))
 
 
+def test_a_tied_model_with_prediction_modules_exports_its_head_and_takes_it_back(tmp_path):
+    config = dataclasses.replace(MTP, tie_word_embeddings=True)
+    tensors = exported(tmp_path, deepseek_v3.FAMILY, config)
+    assert "lm_head.weight" not in tensors
+    head = "model.layers.2.shared_head.head.weight"
+    assert np.array_equal(tensors[head], tensors["model.embed_tokens.weight"])
+    again, loaded = models.load_hf(tmp_path / "out")
+    _, variables = initialised(deepseek_v3.FAMILY, config)
+    assert again.config == config and jax.tree.all(jax.tree.map(np.array_equal, loaded, variables))
+    file = tmp_path / "out" / safetensors.SINGLE
+    values = {name: shard.read(name).copy() for name, shard in safetensors.open_folder(tmp_path / "out").items()}
+    values[head] += 1
+    specs = {name: (safetensors.NAMES[value.dtype], value.shape) for name, value in values.items()}
+    safetensors.write(file, specs, values.values())
+    with pytest.raises(UserError, match=r"shared_head\.head\.weight differs from model\.embed_tokens\.weight"):
+        models.load_hf(tmp_path / "out")
+
+
 def test_the_prediction_loss_by_hand():
     """Eq. 21-25 with the block's own output: token i sees h_i and the embedding of i + 1, and predicts i + 2."""
     model, variables = initialised(deepseek_v3.FAMILY, MTP)

@@ -139,8 +139,8 @@ def duplicates(config: DeepseekV3Config) -> dict[str, str]:
     found = {}
     for i in DeepseekV3.further_blocks(config).values():
         found[f"model.layers.{i}.embed_tokens.weight"] = "model.embed_tokens.weight"
-        if not config.tie_word_embeddings:
-            found[f"model.layers.{i}.shared_head.head.weight"] = "lm_head.weight"
+        unembedding = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+        found[f"model.layers.{i}.shared_head.head.weight"] = unembedding
     return found
 
 
