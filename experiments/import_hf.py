@@ -2,7 +2,8 @@
 
   python experiments/import_hf.py --source=DIR --workdir=runs/olmoe --dtype=bfloat16
 
-DIR holds config.json and safetensors files. Float8 (DeepSeek-V3) and MXFP4 (gpt-oss) tensors come out as bfloat16.
+DIR holds config.json and safetensors files. Float8 (DeepSeek-V3) and MXFP4 (gpt-oss) tensors come out as bfloat16
+where no --dtype is given.
 """
 
 import resource

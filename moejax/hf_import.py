@@ -27,8 +27,8 @@ class Source:
     """The tensors of a checkpoint's folder by name, dequantised: `shapes` of all, `read` of one.
 
     X with X_scale_inv beside it (float8, a scale per 128 × 128 block: DeepSeek-V3) and X_blocks with X_scales (MXFP4:
-    gpt-oss) come out as bfloat16 under the name X. `ignored` is a regular expression of names that are left out; how
-    many is in `left_out`. `prefix` is taken off the names that begin with it.
+    gpt-oss) come out under the name X, as bfloat16 where no dtype is asked for. `ignored` is a regular expression of
+    names that are left out; how many is in `left_out`. `prefix` is taken off the names that begin with it.
     """
 
     def __init__(self, folder: Path, ignored: str, prefix: str = ""):
@@ -55,19 +55,22 @@ class Source:
         return name.endswith("_scale_inv") and name.removesuffix("_scale_inv") in self._shards
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype that `read` gives."""
+        """The dtype that `read` gives where none is asked for."""
         if name not in self._shards or name + "_scale_inv" in self._shards:
             return np.dtype(ml_dtypes.bfloat16)
         return np.dtype(safetensors.DTYPES[self._shards[name].tensors[self._names[name]][0]])
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor. UserError where it holds a NaN, or is quantised in a way that isn't known."""
+    def read(self, name: str, dtype: Any = None) -> np.ndarray:
+        """One tensor. UserError where it holds a NaN, or is quantised in a way that isn't known.
+
+        dtype: of a float8 tensor, rounded to it once; every other keeps its own (bfloat16 holds MXFP4 exactly).
+        """
         if name not in self._shards:
             blocks, scales = self._raw(name + "_blocks"), self._raw(name + "_scales")
             return dequantise_mxfp4(blocks, scales)
         tensor = self._raw(name)
         if name + "_scale_inv" in self._shards:
-            tensor = dequantise_fp8(tensor, self._raw(name + "_scale_inv"))
+            tensor = dequantise_fp8(tensor, self._raw(name + "_scale_inv"), dtype or self.dtype(name))
         elif tensor.dtype.itemsize == 1:
             raise UserError(f"{self.folder}: tensor {name} is {tensor.dtype} without a {name}_scale_inv beside it")
         return tensor
@@ -88,17 +91,19 @@ def has_nan(tensor: np.ndarray) -> bool:
     return tensor.dtype.kind == "f" and bool(np.any(np.isnan(tensor)))
 
 
-def dequantise_fp8(tensor: np.ndarray, scale_inv: np.ndarray) -> np.ndarray:
-    """bfloat16 (out, in) from float8 and one float32 factor per block of 128 × 128 (DeepSeek-V3 2024, §3.3.2)."""
+def dequantise_fp8(tensor: np.ndarray, scale_inv: np.ndarray, dtype: Any = ml_dtypes.bfloat16) -> np.ndarray:
+    """(out, in) in `dtype` from float8 and one float32 factor per block of 128 × 128 (DeepSeek-V3 2024, §3.3.2)."""
+    if tensor.ndim != 2:
+        raise UserError(f"float8 tensor of {tensor.shape}: scales in blocks are known for matrices alone")
     rows, columns = tensor.shape
     needed = (-(-rows // _FP8_BLOCK), -(-columns // _FP8_BLOCK))
     if scale_inv.shape != needed:
         raise UserError(f"float8 tensor of {tensor.shape} needs scales of {needed}, and has {scale_inv.shape}")
     scales = np.repeat(scale_inv.astype(np.float32), _FP8_BLOCK, axis=1)[:, :columns]
-    out = np.empty(tensor.shape, ml_dtypes.bfloat16)
+    out = np.empty(tensor.shape, dtype)
     for block, factors in enumerate(scales):
         part = slice(block * _FP8_BLOCK, (block + 1) * _FP8_BLOCK)
-        out[part] = (tensor[part].astype(np.float32) * factors).astype(ml_dtypes.bfloat16)
+        out[part] = (tensor[part].astype(np.float32) * factors).astype(dtype)
     return out
 
 
@@ -185,7 +190,9 @@ def check(source: Source, family: Family, config: Any) -> dict[str, Shape]:
     present = dict(source.shapes)
     tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
     for name, original in (tied | family.duplicates(config)).items():
-        if present.pop(name, None) and not np.array_equal(source.read(name), source.read(original)):
+        if not present.pop(name, None) or original not in source.shapes:  # a missing one is told below
+            continue
+        if not np.array_equal(source.read(name), source.read(original)):
             raise UserError(f"{source.folder}: {name} differs from {original}, and the model shares the two")
     hf_tensors.check(str(source.folder), tensors, present)
     return shapes
@@ -203,7 +210,8 @@ def parameters(source: Source, family: Family, config: Any, dtype: Any = None) -
     """
     shapes = check(source, family, config)
     for rule in family.rules(config):
-        arrays = rule.read([shapes[path] for path in rule.paths], [source.read(name) for name in rule.names])
+        tensors = [source.read(name, dtype) for name in rule.names]
+        arrays = rule.read([shapes[path] for path in rule.paths], tensors)
         for path, array in zip(rule.paths, arrays, strict=True):
             target = parameter_dtype(source, rule, path, dtype)
             yield path, array if array.dtype == target else array.astype(target)

@@ -120,6 +120,23 @@ def test_float8_blocks_by_hand():
         hf_import.dequantise_fp8(tensor, scale[:1])
 
 
+def test_float8_is_rounded_once_to_the_dtype_asked_for(tmp_path):
+    """1.125 · 1.01 has more digits than bfloat16's eight: in float32 they stay."""
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    scale = np.full((1, 1), 1.01, np.float32)
+    tensors = {name: np.full((16, 32), 1.125, ml_dtypes.float8_e4m3fn), name + "_scale_inv": scale}
+    folder = copy(tmp_path, "deepseek_v3", tensors=tensors)
+    exact = np.float32(1.125) * scale[0, 0]
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        up = models.load_hf(folder, dtype)[1]["params"]["layer_1"]["moe"]["up"]
+        np.testing.assert_array_equal(up[3], np.full((32, 16), exact, dtype))
+    source, family, config, _ = hf_import.open_checkpoint(folder, models.FAMILIES)
+    assert source.read(name).dtype == ml_dtypes.bfloat16 and exact != np.float32(source.read(name)[0, 0])
+    assert dict(hf_import.parameters(source, family, config))["params/layer_1/moe/up"].dtype == np.float32
+    with pytest.raises(UserError, match="for matrices alone"):
+        hf_import.dequantise_fp8(np.ones((2, 2, 2), ml_dtypes.float8_e4m3fn), scale)
+
+
 def test_mxfp4_by_hand():
     """One expert, one output, 32 inputs. Byte 0x21 is code 1 (0.5) then code 2 (1.0); 0xF9: 9 (−0.5) then 15 (−6)."""
     blocks = np.zeros((1, 1, 1, 16), np.uint8)
