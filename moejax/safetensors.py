@@ -44,12 +44,14 @@ class Shard:
                 header = json.loads(file.read(length))
             except ValueError as error:
                 raise UserError(f"{path} is no safetensors file: its header can't be read") from error
+        if not isinstance(header, dict):
+            raise UserError(f"{path} is no safetensors file: its header is no JSON object")
         header.pop("__metadata__", None)
         self._start = 8 + length
         self._places: dict[str, tuple[int, int]] = {}
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name, entry in header.items():
-            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, begin, end = _entry(path, name, entry)
             if dtype not in DTYPES:
                 raise UserError(f"{path}: tensor {name} is {dtype}, which can't be held; known: {', '.join(DTYPES)}")
             if end - begin != math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize or begin < 0:
@@ -69,6 +71,16 @@ class Shard:
         return raw.view(DTYPES[dtype]).reshape(shape)
 
 
+def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    """dtype, shape, first byte and the byte past the last of a header's entry."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            if all(type(size) is int and size >= 0 for size in shape):
+                return dtype, tuple(shape), begin, end
+    raise UserError(f"{path}: the header's entry of tensor {name} is wrong: it needs a dtype's name, a list of sizes "
+                    "and two data_offsets; fetch the file again")  # fmt: skip
+
+
 def open_folder(folder: Path) -> dict[str, Shard]:
     """Tensor name -> the shard that holds it, for a folder with one file or with shards and an index.
 
@@ -80,6 +92,8 @@ def open_folder(folder: Path) -> dict[str, Shard]:
             where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / INDEX} can't be read: it needs a `weight_map`") from error
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise UserError(f"{folder / INDEX}: its `weight_map` must be an object, a file's name for each tensor")
         files = sorted(set(where.values()))
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
