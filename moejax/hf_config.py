@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moejax import schema
+from moejax import hf_config_checks, schema
 from moejax.errors import UserError
 from moejax.rope import Rope
 
@@ -47,21 +47,24 @@ def parse(
     aliases: Mapping[str, str] | None = None,
     fixed: Mapping[str, tuple[Any, ...]] | None = None,
     harmless: frozenset[str] = frozenset(),
+    zero: frozenset[str] = frozenset(),
 ) -> Any:
     """A `cls` from the keys of config.json; fields that are left out take their defaults.
 
-    fixed: keys whose value may only be one of those given, the ones that the family computes.
+    fixed: keys whose value may only be one of those given, the ones that the family computes. zero: counts that may
+    be 0.
 
     Raises:
-      UserError: an unknown key, a wrong type, or a value of a fixed key that isn't supported.
+      UserError: an unknown key, a wrong type, a value of a fixed key that isn't supported, or values that can't be.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
+    rope: dict[str, Any] = {}
     if "rope" in fields:
         defaults = {field.name: field.default for field in dataclasses.fields(cls)}
         name = "max_seq_len" if "max_seq_len" in defaults else "max_position_embeddings"  # the first is DBRX's
         longest = raw.get(name, defaults.get(name))
-        raw, values["rope"] = _rope(raw, defaults["rope"], longest)
+        raw, rope["rope"] = _rope(raw, defaults["rope"], longest)
     for key, value in raw.items():
         name = (aliases or {}).get(key, key)
         if name in fields:
@@ -76,15 +79,26 @@ def parse(
             near = difflib.get_close_matches(name, sorted(fields), n=1)
             hint = f"; the nearest is {near[0]}" if near else ""
             raise UserError(f"config.json: unknown attribute {key}={str(value)[:60]!r}{hint}")
-    return schema.parse(cls, values)
+    # The rotary settings last: they may hold a context length whose own key is to be named.
+    config = schema.parse(cls, values | rope)
+    hf_config_checks.check(config, zero)
+    return config
+
+
+def inner(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A copy of an object inside config.json; {} where there is none."""
+    value = raw.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"config.json: {key}={str(value)[:60]!r}: it needs an object, {{...}}, or to be left out")
+    return dict(value)
 
 
 def _rope(raw: Mapping[str, Any], default: Any, longest: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The rest of `raw`, and its rotary settings in one dict, whichever way they are spelled."""
-    rest = dict(raw)
-    found = dict(rest.pop("rope_parameters", None) or {})
-    scaling = dict(rest.pop("rope_scaling", None) or {})
-    theta = rest.pop("rope_theta", None)
+    found, scaling, theta = inner(raw, "rope_parameters"), inner(raw, "rope_scaling"), raw.get("rope_theta")
+    rest = {key: value for key, value in raw.items() if key not in ("rope_parameters", "rope_scaling", "rope_theta")}
     if "original_max_position_embeddings" in rest:
         scaling.setdefault("original_max_position_embeddings", rest.pop("original_max_position_embeddings"))
     for old in (found, scaling):
@@ -104,10 +118,15 @@ def _rope(raw: Mapping[str, Any], default: Any, longest: Any) -> tuple[dict[str,
         found["original_max_position_embeddings"] = longest  # it grows from there on, whatever else is said
     elif found["rope_type"] in ("yarn", "llama3", "longrope"):
         original = found.get("original_max_position_embeddings")
-        if found.get("factor") is None and longest and original:
+        # what is no number is refused with its type later
+        if found.get("factor") is None and _is_size(longest) and _is_size(original):
             found["factor"] = longest / original
         found.setdefault("original_max_position_embeddings", longest)
     return rest, found
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0
 
 
 def rope_parameters(rope: Rope) -> dict[str, Any]:

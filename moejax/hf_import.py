@@ -167,6 +167,9 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
     raw = hf_config.read_json(folder)
     kinds = {name: family for family in families.values() for name in (family.architecture, *family.wrapped)}
     named = raw.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise UserError(f"{folder}: config.json's architectures={named!r}: it needs a list of names, such as "
+                        f"{[family.architecture for family in families.values()][:1]}")  # fmt: skip
     family = next((kinds[name] for name in named if name in kinds), None)
     if not named:
         family = families.get(str(raw.get("model_type")))

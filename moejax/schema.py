@@ -130,7 +130,8 @@ def describe(hint: Any) -> str:
         words = "a dict with the fields " + ", ".join(_hints(inner))
     elif origin is tuple:
         items = typing.get_args(inner)
-        words = f"a tuple of {items[0].__name__}s" if items[-1] is ... else f"{len(items)} {items[0].__name__}s"
+        first = type(typing.get_args(items[0])[0]) if typing.get_origin(items[0]) is Literal else items[0]
+        words = f"a tuple of {first.__name__}s" if items[-1] is ... else f"{len(items)} {first.__name__}s"
     else:
         noun = (origin or inner).__name__
         words = f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

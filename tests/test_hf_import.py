@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -214,6 +215,95 @@ def test_a_tied_embedding_may_be_there_twice_and_must_be_the_same(tmp_path):
 )
 def test_a_config_that_does_not_fit_is_refused_by_name(tmp_path, config, words):
     refused(copy(tmp_path, "olmoe", config), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "line"),
+    [
+        ("gpt_oss", {"layer_types": ["full_attention", "foo_attention"]},
+         "config.layer_types='foo_attention': it needs one of: sliding_attention, full_attention"),
+        ("qwen2_moe", {"layer_types": ["chunked_attention", "full_attention"]},
+         "config.layer_types='chunked_attention': it needs one of: sliding_attention, full_attention"),
+        ("llama4_text", {"layer_types": ["sliding_attention", "full_attention"]},
+         "config.layer_types='sliding_attention': it needs one of: chunked_attention, full_attention"),
+        ("llama4_text", {"layer_types": "full_attention"},
+         "config.layer_types='full_attention': it needs a tuple of strs or None"),
+        ("gpt_oss", {"layer_types": ["full_attention"]},
+         "config.json: layer_types has 1 entries and num_hidden_layers=2: give one entry for each layer"),
+        ("llama4_text", {"no_rope_layers": [1]},
+         "config.json: no_rope_layers has 1 entries and num_hidden_layers=2: give one entry for each layer"),
+        ("olmoe", {"num_attention_heads": 5},
+         "config.json: num_attention_heads=5 does not divide hidden_size=32: give a divisor of it"),
+        ("mixtral", {"num_key_value_heads": 3},
+         "config.json: num_key_value_heads=3 does not divide num_attention_heads=4: give a divisor of it"),
+        ("dbrx", {"n_heads": 5}, "config.json: n_heads=5 does not divide d_model=32: give a divisor of it"),
+        ("olmoe", {"num_attention_heads": 32, "num_key_value_heads": 32},
+         "config.json: hidden_size / num_attention_heads=1 is odd: rotary positions turn features in pairs"),
+        ("deepseek_v3", {"qk_rope_head_dim": 5},
+         "config.json: qk_rope_head_dim=5 is odd: rotary positions turn features in pairs"),
+        ("olmoe", {"hidden_size": -32}, "config.json: hidden_size=-32: it must be a number of at least 1"),
+        ("olmoe", {"num_attention_heads": 0}, "config.json: num_attention_heads=0: it must be a number of at least 1"),
+        ("olmoe", {"rms_norm_eps": float("inf")}, "config.json: rms_norm_eps=inf: it must be a number of at least 0"),
+        ("qwen3_moe", {"decoder_sparse_step": 0},
+         "config.json: decoder_sparse_step=0: it must be a number of at least 1"),
+        ("mixtral", {"sliding_window": 0}, "config.json: sliding_window=0: it must be a number of at least 1"),
+        ("qwen2_moe", {"sliding_window": 0, "use_sliding_window": True},
+         "config.json: sliding_window=0: it must be a number of at least 1"),
+        ("olmoe", {"rope_parameters": "yarn"},
+         "config.json: rope_parameters='yarn': it needs an object, {...}, or to be left out"),
+        ("olmoe", {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": "16"}},
+         "config.rope.original_max_position_embeddings='16': it needs an int or None"),
+        ("olmoe", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
+         "config.json: rope_parameters' original_max_position_embeddings=0: it must be above 0"),
+        ("olmoe", {"rope_parameters": {"rope_theta": -1.0}},
+         "config.json: rope_parameters' rope_theta=-1.0: it must be a number of at least 0"),
+        ("olmoe", {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 16},
+                   "max_position_embeddings": "64"},
+         "config.max_position_embeddings='64': it needs an int"),
+        ("dbrx", {"attn_config": "x"}, "config.json: attn_config='x': it needs an object, {...}, or to be left out"),
+        ("dbrx", {"ffn_config": {"ffn_act_fn": "silu"}},
+         "config.json: ffn_act_fn='silu': it needs an object, {...}, or to be left out"),
+        ("llama4_text", {"text_config": "x"},
+         "config.json: text_config='x': it needs an object, {...}, or to be left out"),
+        ("olmoe", {"architectures": 5}, "config.json's architectures=5: it needs a list of names"),
+        ("olmoe", {"architectures": "OlmoeForCausalLM"},
+         "config.json's architectures='OlmoeForCausalLM': it needs a list of names"),
+    ],
+)  # fmt: skip
+def test_values_that_contradict_each_other_are_refused_by_key_and_value(tmp_path, name, config, line):
+    refused(copy(tmp_path, name, config), line)
+
+
+def test_deepseekmoe_needs_to_be_told_how_many_experts_a_token_takes():
+    with pytest.raises(UserError, match="n_routed_experts=4 needs num_experts_per_tok"):
+        models.FAMILIES["deepseek"].read_config({"n_routed_experts": 4})
+
+
+ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ([1, 2], "its header is no JSON object"),
+        (None, "its header is no JSON object"),
+        *(({"a": entry}, "the header's entry of tensor a is wrong: it needs a dtype's name, a list of sizes and two")
+          for entry in ({"shape": [1]}, "x", None, ENTRY | {"data_offsets": ["a", "b"]}, ENTRY | {"data_offsets": [0]},
+                        ENTRY | {"shape": "ab"}, ENTRY | {"shape": [-1, -1]}, ENTRY | {"dtype": ["F32"]})),
+    ],
+)  # fmt: skip
+def test_a_malformed_header_is_refused_by_its_file(tmp_path, header, line):
+    folder = copy(tmp_path, "olmoe")
+    text = json.dumps(header).encode()
+    (folder / safetensors.SINGLE).write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    refused(folder, str(folder / safetensors.SINGLE), line)
+
+
+@pytest.mark.parametrize("where", [[], {"a": 1}, "x", None])
+def test_a_malformed_index_is_refused_by_its_file(tmp_path, where):
+    folder = copy(tmp_path, "olmoe")
+    (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": where}))
+    refused(folder, str(folder / safetensors.INDEX), "`weight_map` must be an object, a file's name for each tensor")
 
 
 def test_damaged_files_are_refused_by_name(tmp_path):

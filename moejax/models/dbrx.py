@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from moejax import hf_tensors, rope
+from moejax import hf_config, hf_tensors, rope
 from moejax.config import MoEConfig
 from moejax.models import family, parts
 from moejax.moe import MoE
@@ -130,12 +130,12 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
 
     The rotary base: `rope_parameters` where it is given, as transformers 5 takes it; else attn_config's `rope_theta`.
     """
-    raw = dict(raw)
-    attention, ffn = dict(raw.pop("attn_config", None) or {}), dict(raw.pop("ffn_config", None) or {})
+    attention, ffn = hf_config.inner(raw, "attn_config"), hf_config.inner(raw, "ffn_config")
+    raw = {key: value for key, value in raw.items() if key not in ("attn_config", "ffn_config")}
     theta = attention.pop("rope_theta", None)
     if theta is not None and not raw.get("rope_parameters"):
         raw["rope_theta"] = theta
-    activation = ffn.pop("ffn_act_fn", None) or {"name": "silu"}
+    activation = hf_config.inner(ffn, "ffn_act_fn") or {"name": "silu"}
     inner = {key: value for key, value in (attention | ffn).items() if key not in _INNER}
     return raw | inner | {"ffn_act_fn": activation.get("name")}
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 
 from moejax import hf_tensors, layers, rope
 from moejax.config import MoEConfig
+from moejax.errors import UserError
 from moejax.models import family, parts
 from moejax.moe import MoE
 from moejax.rope import Rope
@@ -37,6 +38,10 @@ class DeepseekConfig:
     aux_loss_alpha: float = 0.001
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
+
+    def __post_init__(self):
+        if self.n_routed_experts is not None and self.num_experts_per_tok is None:
+            raise UserError(f"config.json: n_routed_experts={self.n_routed_experts} needs num_experts_per_tok")
 
     def sparse(self, layer: int) -> bool:
         """Whether a layer's FFN is sparse."""
@@ -120,4 +125,5 @@ FAMILY = family.Family(
     },
     fixed={"hidden_act": ("silu",), "scoring_func": ("softmax",)},
     harmless=frozenset({"seq_aux", "pretraining_tp"}),
+    zero=frozenset({"first_k_dense_replace", "n_shared_experts"}),
 )  # fmt: skip

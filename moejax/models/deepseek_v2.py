@@ -166,5 +166,6 @@ FAMILY = family.Family(
         "mlp_bias": (False,),
     },
     harmless=frozenset({"aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size"}),
+    zero=frozenset({"first_k_dense_replace", "n_shared_experts"}),
     read=read,
 )  # fmt: skip

@@ -176,6 +176,7 @@ FAMILY = family.Family(
         "hidden_act": ("silu",), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,),
     },
     harmless=frozenset({"aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size"}),
+    zero=frozenset({"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}),
     read=read,
     reconcile=reconcile,
     duplicates=duplicates,

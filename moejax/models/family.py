@@ -14,11 +14,11 @@ class Family:
     """One published architecture.
 
     name: its `model_type`. architecture: transformers' class. config: the dataclass of its config.json. rules: the
-    tensors of a config's parameters. presets: published sizes by name. aliases, fixed, harmless: see `hf_config.parse`.
-    ignored: a regular expression of tensor names that hold no parameter. wrapped: architectures that hold this one
-    inside, its tensors under `prefix`. reconcile: the config for the tensors that are there, where some may be absent.
-    duplicates: tensors that repeat another, by name. Where config.json nests, `read` turns it into the flat form that
-    `config` has, and `write` turns it back.
+    tensors of a config's parameters. presets: published sizes by name. aliases, fixed, harmless, zero: see
+    `hf_config.parse`. ignored: a regular expression of tensor names that hold no parameter. wrapped: architectures that
+    hold this one inside, its tensors under `prefix`. reconcile: the config for the tensors that are there, where some
+    may be absent. duplicates: tensors that repeat another, by name. Where config.json nests, `read` turns it into the
+    flat form that `config` has, and `write` turns it back.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Family:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
+    zero: frozenset[str] = frozenset()
     ignored: str = r".*rotary_emb\.inv_freq"
     wrapped: tuple[str, ...] = ()
     prefix: str = ""
@@ -47,13 +48,24 @@ class Family:
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         """The family's config from what config.json holds; UserError for what isn't known."""
         return hf_config.parse(
-            self.config, self.read(dict(raw)), aliases=self.aliases, fixed=self.fixed, harmless=self.harmless
+            self.config,
+            self.read(dict(raw)),
+            aliases=self.aliases,
+            fixed=self.fixed,
+            harmless=self.harmless,
+            zero=self.zero,
         )
 
     def write_config(self, config: Any) -> dict[str, Any]:
         """What config.json holds, in transformers 5's spelling."""
         fixed = {name: values[0] for name, values in self.fixed.items()}
         return self.write(hf_config.to_json(config, self.architecture, self.name, fixed))
+
+
+def without_unused_window(raw: dict[str, Any]) -> dict[str, Any]:
+    """Qwen's config.json, in which transformers writes a window of 0 where windows are off."""
+    unused = raw.get("sliding_window") == 0 and not raw.get("use_sliding_window")
+    return raw | {"sliding_window": None} if unused else raw
 
 
 def outer_rules(config: Any) -> list[Rule]:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moejax import hf_tensors, layers, rope
+from moejax import hf_config, hf_tensors, layers, rope
 from moejax.models import family, mixture, parts
 from moejax.models.routers import softmax_top_k
 from moejax.rope import Rope
@@ -36,7 +36,7 @@ class GptOssConfig:
     rope: Rope = dataclasses.field(default=_YARN)
     attention_bias: bool = True
     sliding_window: int | None = 128
-    layer_types: tuple[str, ...] | None = None
+    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] | None = None
     router_aux_loss_coef: float = 0.001
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 131072
@@ -155,7 +155,7 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
     context = raw.pop("initial_context_length", None)
     for spelling in ("rope_scaling", "rope_parameters"):
         if context is not None and raw.get(spelling):
-            raw[spelling] = {"original_max_position_embeddings": context} | raw[spelling]
+            raw[spelling] = {"original_max_position_embeddings": context} | hf_config.inner(raw, spelling)
     return raw
 
 

@@ -2,13 +2,13 @@
 without positions whose queries grow with the position."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moejax import experts, hf_tensors, layers, rope
+from moejax import experts, hf_config, hf_tensors, layers, rope
 from moejax.models import family, mixture, parts
 from moejax.models.routers import sigmoid_scores
 from moejax.rope import Rope
@@ -37,7 +37,7 @@ class Llama4Config:
     use_qk_norm: bool = True
     attention_bias: bool = False
     attention_chunk_size: int | None = 8192
-    layer_types: tuple[str, ...] | None = None
+    layer_types: tuple[Literal["chunked_attention", "full_attention"], ...] | None = None
     attn_temperature_tuning: bool = True
     floor_scale: int = 8192
     attn_scale: float = 0.1
@@ -159,8 +159,10 @@ def rules(config: Llama4Config) -> list[hf_tensors.Rule]:
 
 def read(raw: dict[str, Any]) -> dict[str, Any]:
     """`text_config` where there is one; a temperature switch that early files give as a number."""
-    raw = dict(raw.get("text_config") or raw)
-    if "attn_temperature_tuning" in raw:
+    raw = hf_config.inner(raw, "text_config") or dict(raw)
+    if raw.get("no_rope_layers") == []:  # transformers' word for none given
+        del raw["no_rope_layers"]
+    if isinstance(raw.get("attn_temperature_tuning", ""), int | None):
         raw["attn_temperature_tuning"] = bool(raw["attn_temperature_tuning"])
     return raw
 

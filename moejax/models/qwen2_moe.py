@@ -1,6 +1,7 @@
 """Qwen2-MoE (Yang et al. 2024): a shared expert behind a sigmoid gate, biased queries, keys and values."""
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -35,7 +36,7 @@ class Qwen2MoeConfig:
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
     max_window_layers: int = 28
-    layer_types: tuple[str, ...] | None = None
+    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] | None = None
     router_aux_loss_coef: float = 0.001
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
@@ -132,4 +133,6 @@ FAMILY = family.Family(
     },
     aliases={"num_local_experts": "num_experts"},
     fixed={"hidden_act": ("silu",)},
+    zero=frozenset({"num_experts", "max_window_layers"}),
+    read=family.without_unused_window,
 )  # fmt: skip

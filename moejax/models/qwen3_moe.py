@@ -126,4 +126,6 @@ FAMILY = family.Family(
     aliases={"num_local_experts": "num_experts"},
     fixed={"hidden_act": ("silu",)},
     harmless=frozenset({"max_window_layers"}),
+    zero=frozenset({"num_experts"}),
+    read=family.without_unused_window,
 )  # fmt: skip
