@@ -56,7 +56,7 @@ def imported() -> None:
     if largest >= model.config.vocab_size:
         raise UserError(f"tokenizer {path} gives token {largest} and the model has {model.config.vocab_size} tokens: "
                         "give the tokenizer.json of this model")  # fmt: skip
-    ends = hf_import.eos_ids(Path(WORKDIR.value) / "tokenizer") or tokenizer.end_of_document
+    ends = hf_import.eos_ids(Path(WORKDIR.value) / "tokenizer", stored.raw) or tokenizer.end_of_document
     run(model, variables, tokenizer, texts, encoded, ends)
 
 

@@ -229,11 +229,20 @@ def load(folder: str | Path, families: Mapping[str, Family], dtype: Any = jnp.fl
     return family.model(config, dtype=jnp.dtype(dtype)), hf_tensors.unflatten(variables)
 
 
-def eos_ids(folder: Path) -> list[int]:
-    """The ids that end a text, from generation_config.json or config.json; [] where neither tells."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if found is not None:
-                return found if isinstance(found, list) else [found]
-    return []
+def eos_ids(folder: Path, raw: Mapping[str, Any]) -> list[int]:
+    """The ids that end a text, from generation_config.json in `folder` or else config.json `raw`; [] without either."""
+    path = folder / "generation_config.json"
+    told: Any = {}
+    if path.is_file():
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} can't be read as JSON: mend it, or take it away") from error
+    found = told.get("eos_token_id") if isinstance(told, dict) else told
+    if found is None:
+        found = raw.get("eos_token_id", hf_config.inner(raw, "text_config").get("eos_token_id"))
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not isinstance(told, dict) or not all(type(each) is int for each in ids):
+        raise UserError(f"{folder}: generation_config.json or config.json gives eos_token_id={found!r}: it needs an "
+                        "id or a list of ids")  # fmt: skip
+    return ids

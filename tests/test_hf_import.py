@@ -196,6 +196,19 @@ def test_a_tied_embedding_may_be_there_twice_and_must_be_the_same(tmp_path):
     refused(copy(tmp_path, "mixtral", tied), "lm_head.weight differs")
 
 
+def test_the_ids_that_end_a_text(tmp_path):
+    file = tmp_path / "generation_config.json"
+    assert hf_import.eos_ids(tmp_path, {}) == [] and hf_import.eos_ids(tmp_path, {"eos_token_id": 3}) == [3]
+    assert hf_import.eos_ids(tmp_path, {"text_config": {"eos_token_id": [4]}}) == [4]
+    for text, ids in (('{"eos_token_id": [5, 6]}', [5, 6]), ('{"eos_token_id": 0}', [0]), ("{}", [3])):
+        file.write_text(text)
+        assert hf_import.eos_ids(tmp_path, {"eos_token_id": 3}) == ids
+    for text, words in (("{", "can't be read as JSON"), ("[]", "needs an id"), ('{"eos_token_id": "x"}', "='x'")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=rf"generation_config\.json.*{words}"):
+            hf_import.eos_ids(tmp_path, {})
+
+
 # ---- refused
 
 
