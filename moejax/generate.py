@@ -134,7 +134,7 @@ def generate(
     """The new token ids of each prompt, at most `max_new_tokens`, ending after `eos_id` (or any of several) if given.
 
     `prompts` are lists of token ids, of any lengths but not empty. `on_token` is called with each step's tokens (B,),
-    for streaming. Raises UserError for an empty prompt or options out of range.
+    for streaming. Raises UserError for an empty prompt, an id that the model has not, or options out of range.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise UserError("an empty prompt was given; give at least one token to continue from")
@@ -143,6 +143,9 @@ def generate(
             f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}: need at least 1 new token, "
             "temperature ≥ 0 and 0 < top_p ≤ 1"
         )
+    wrong = [token for prompt in prompts for token in prompt if not 0 <= token < model.config.vocab_size]
+    if wrong:  # a table gives such a token NaN, and no error
+        raise UserError(f"a prompt holds token {wrong[0]}: give ids between 0 and {model.config.vocab_size - 1}")
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -108,6 +108,13 @@ def test_what_cannot_be_meant_is_refused(prompts, options):
         generate.generate(*model_of("dense"), prompts, **{"max_new_tokens": 1} | options)
 
 
+@pytest.mark.parametrize("token", [-1, 10**6])
+def test_a_token_outside_the_vocabulary_is_refused(token):
+    model, variables = model_of("dense")
+    with pytest.raises(UserError, match=f"token {token}: give ids between 0 and {model.config.vocab_size - 1}"):
+        generate.generate(model, variables, [[1], [2, token]], 1)
+
+
 # ---- sample, by hand: probabilities 0.5, 0.3, 0.15, 0.05
 
 LOGITS = jnp.log(jnp.array([[0.15, 0.5, 0.05, 0.3]]))
