@@ -396,7 +396,7 @@ SCRIPT = textwrap.dedent('''
 
     python hello.py --config=experiments/configs/switch.py --config.train.steps=5
     """
-    import signal, sys
+    import time
     from experiments import cli
     from moejax.errors import UserError
     CONFIG = cli.config_flag()
@@ -405,8 +405,8 @@ SCRIPT = textwrap.dedent('''
         print("ready", flush=True)
         if steps == 1:
             raise UserError("two\\nlines")
-        if steps == 2:
-            signal.pause()
+        while steps == 2:  # signal.pause() would miss an interrupt that came just before it
+            time.sleep(0.05)
     if __name__ == "__main__":
         cli.run(main)
 ''')
@@ -434,7 +434,10 @@ def test_a_script_ends_with_one_line_and_a_status(tmp_path, arguments, status, o
         if status == 130:
             first = process.stdout.readline()
             process.send_signal(signal.SIGINT)
-        rest, said = process.communicate(timeout=60)
+        try:
+            rest, said = process.communicate(timeout=60)
+        finally:
+            process.kill()  # else leaving this block waits for one that hangs
     assert process.returncode == status, said
     assert out in first + rest
     assert said == err
