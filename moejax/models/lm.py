@@ -147,16 +147,22 @@ class LM(nn.Module):
         if self.config.remat != "none":
             # A scan's body is compiled by itself: common subexpressions can't undo the rematerialisation.
             block = nn.remat(block, policy=policies[self.config.remat], prevent_cse=not self.config.scan_layers)
+        unrolled = not self.config.scan_layers
+        if self.is_initializing():
+            # Unrolled, random numbers take minutes to compile; in a loop, all layers would be held as float32 at once.
+            unrolled, dtype = False, self.config.param_dtype
+            narrow = functools.partial(jax.tree.map, lambda p: p.astype(dtype))
+            block = nn.map_variables(block, "params", trans_out_fn=narrow, init=True, mutable=True)
         stack = nn.scan(
             block,
             variable_axes={"params": 0, "router_state": 0, "intermediates": 0, "cache": 0},
             split_rngs={"params": True, "routing": True},
             in_axes=nn.broadcast,
             length=length,
-            unroll=1 if self.config.scan_layers else length,
+            unroll=length if unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        if self.config.scan_layers or self.is_initializing() or sharding.platform() != "gpu":
+        if not unrolled or sharding.platform() != "gpu":
             return stack
         return nn.map_variables(stack, "params", functools.partial(jax.tree.map, _put_together))
 
