@@ -3,11 +3,12 @@
   python experiments/benchmark_step.py --config=experiments/configs/olmoe_1b_7b.py
   python experiments/benchmark_step.py --config=experiments/configs/olmoe_1b_7b.py --peer_python=PATH
 
-Two routings, always labelled: "real", of an untrained router, and "forced", every expert with the same number of
-tokens. Model FLOPs are 6 × active parameters without the input embedding per token ("6N"), and the same with attention
-scores. Time by named scope is from a profile of the real routing. PATH is an interpreter that has torch and
-transformers: there an OLMoE of the config's sizes takes steps on as many tokens, bfloat16 throughout, with grouped
-experts, compiled on a GPU.
+Always labelled: "real", of an untrained router; "no losses", the same without router losses and without the bias rule;
+"forced", every expert with the same number of tokens. Model FLOPs are 6 × active parameters without the input embedding
+per token ("6N"), and the same with attention scores. Time by named scope is from a profile of the real routing.
+
+PATH is an interpreter that has torch and transformers: there an OLMoE of the config's sizes takes steps on as many
+tokens, bfloat16 throughout, without router losses, with grouped experts, compiled on a GPU.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import jax
 from absl import flags
@@ -26,6 +28,7 @@ from moejax import accounting, environment, scopes
 from moejax import config as configs
 from moejax.config import Config
 from moejax.errors import UserError
+from moejax.train_step import LOSS_WEIGHTS
 from pallas_kernels import timing
 
 _CONFIG = cli.config_flag()
@@ -45,6 +48,22 @@ def forced(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
+def without_losses(config: Config) -> Config:
+    """The config without router losses and without the bias rule; statistics stay."""
+    assert config.model.moe is not None
+    off: dict[str, Any] = {weight: 0.0 for weight in LOSS_WEIGHTS.values() if weight != "mtp_weight"}
+    moe = dataclasses.replace(config.model.moe, bias_update_rate=0.0, **off)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+def cases(config: Config) -> dict[str, Config]:
+    """The configs that are timed, by name; "real" is last."""
+    if config.model.moe is None:
+        return {"real": config}
+    found = {"forced": forced(config), "no losses": without_losses(config), "real": config}
+    return {name: case for name, case in found.items() if name == "real" or case != config}
+
+
 def report(config: Config, seconds: dict[str, float], step: Step) -> None:
     """The table of a model: one line for each routing, then the shares."""
     counts = accounting.account(config.model, config.data.sequence_length)
@@ -61,6 +80,8 @@ def report(config: Config, seconds: dict[str, float], step: Step) -> None:
         mfu = "" if peak is None else f", MFU {all_of_it * 1e12 / peak:.1%}"
         print(f"  {name:14}{each * 1e3:8.1f} ms {rate:10,.0f} tokens/s  {teraflops:6.1f} TFLOP/s a device (6N), "
               f"{all_of_it:.1f} with attention{mfu}")  # fmt: skip
+    if "no losses" in seconds:
+        print(f"  speed of real over no losses: {seconds['no losses'] / seconds['real']:.3f}")
     print(f"  memory a device, by the compiler: {step.bytes() / 1e9:.1f} GB")
     print(
         "  by scope (real): "
@@ -84,13 +105,14 @@ def peer(python: str, config: Config, repeats: int) -> dict:
         return process.answer()
 
 
-def report_peer(found: dict, config: Config, ours: float) -> None:
-    """Two lines: the peer's own, and the ratio to our seconds with the real routing."""
+def report_peer(found: dict, config: Config, ours: dict[str, float]) -> None:
+    """The peer's own, and the ratio to our seconds of each case."""
     memory_used = "" if found["bytes"] is None else f", {found['bytes'] / 1e9:.1f} GB"
     versions = f"transformers {found['transformers']}, torch {found['torch']}"
     rate = config.data.batch_size * config.data.sequence_length / found["seconds"]
     print(f"  {versions}: {found['seconds'] * 1e3:.1f} ms {rate:,.0f} tokens/s{memory_used}")
-    print(f"  moejax over transformers: {found['seconds'] / ours:.2f}")
+    ratios = ", ".join(f"{name} {found['seconds'] / each:.2f}" for name, each in ours.items())
+    print(f"  moejax over transformers: {ratios}")
 
 
 def main() -> None:
@@ -101,7 +123,6 @@ def main() -> None:
     config = configs.settle(configs.from_config_dict(_CONFIG.value))
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
-    cases = ({} if config.model.moe is None else {"forced": forced(config)}) | {"real": config}
     theirs = None
     if _PEER_PYTHON.value is not None:
         if config.model.moe is None:
@@ -110,7 +131,7 @@ def main() -> None:
         theirs = peer(_PEER_PYTHON.value, config, _REPEATS.value)
         print(f"transformers: {theirs['seconds'] * 1e3:.1f} ms", file=sys.stderr, flush=True)
     seconds, step = {}, None
-    for name, case in cases.items():
+    for name, case in cases(config).items():
         step = None  # two states may not fit
         start = time.perf_counter()
         step = Step(case, case.data.batch_size, case.data.sequence_length, _DOCUMENTS.value)
@@ -120,7 +141,7 @@ def main() -> None:
     assert step is not None
     report(config, seconds, step)
     if theirs is not None:
-        report_peer(theirs, config, seconds["real"])
+        report_peer(theirs, config, seconds)
 
 
 if __name__ == "__main__":
