@@ -6,19 +6,22 @@
 --op: forward, dlhs and drhs of the products up and down; gated_ffn, combine and spread, and gated_ffn_both and
 combine_both, which are values and all gradients (`block_ops`).
 
-Medians of five rounds, in which every implementation of a case runs in turn (so that all see the same clocks), with the
-fastest and slowest round. Weights of a case are larger than the caches wherever GB/s matter: the last-level cache is
-flushed by the case itself. The group metadata is given, as a layer gives it to its six products. A decode shape's
-product runs eight times, over other rows, in one program, as a model's layers do: launched from Python one by one,
-products of 100 µs leave gaps between them.
+Medians of five rounds, in which every implementation of a case runs in turn (so that all see the same clocks), torch in
+a process of its own among them, with the fastest and slowest round. Weights of a case are larger than the caches
+wherever GB/s matter: the last-level cache is flushed by the case itself. The group metadata is given, as a layer gives
+it to its six products. A decode shape's product runs eight times, over other rows, in one program, as a model's layers
+do: launched from Python one by one, as torch's are, products of 100 µs leave gaps between them.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import json
+import os
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,8 +94,8 @@ def dense(lhs, weights):
     return [rows @ weights for rows in lhs]
 
 
-def bench(case, implementations) -> dict:
-    """(op, implementation) -> times of one call; a dense product of the same FLOPs among them."""
+def bench(case, implementations, peer=None) -> dict:
+    """(op, implementation) -> times of one call; a dense product of the same FLOPs among them. peer: a `Torch`."""
     one: Callable
     if case["ops"][0] in block_ops.OPS:
         one, args = block_ops.run, block_ops.operands(case)
@@ -108,21 +111,60 @@ def bench(case, implementations) -> dict:
         }
         runs = {("dense", "jax"): functools.partial(compiled(dense, *plain), *plain)}
         runs |= {name: functools.partial(job.result(), *args) for name, job in jobs.items()}
-    times = rounds(runs, launches=case["launches"])
-    return {name: tuple(us / case["again"] for us in found) for name, found in times.items()}
+    elsewhere = peer.products(case) if peer else {}
+    times = rounds(runs, launches=case["launches"], elsewhere=elsewhere)
+    again = {name: 1 if name in elsewhere else case["again"] for name in times}
+    return {name: tuple(us / again[name] for us in found) for name, found in times.items()}
 
 
 def compiled(function, *args):
     return jax.jit(function).lower(*args).compile()
 
 
-def peers(python: str, todo: list[dict]) -> list[dict]:
-    """torch's times from a process of its own: (op, "torch") -> times, for each case."""
-    done = subprocess.run([python, _PEER], input=json.dumps(todo), capture_output=True, text=True, check=False)
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    if len(lines) < len(todo):
-        raise RuntimeError(f"the peer stopped after {len(lines)} of {len(todo)} cases: {done.stderr[-500:]}")
-    return [{(op, "torch"): tuple(us) for op, us in line.items()} for line in lines]
+class PeerError(Exception):
+    """The peer can't be run, or stopped."""
+
+
+class Torch:
+    """torch's products in a process of its own: `python peers/torch_products.py`, a context that ends it."""
+
+    def __init__(self, python: str):
+        self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
+        try:
+            self._process = subprocess.Popen(
+                [python, _PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, text=True
+            )
+        except OSError as error:
+            self._complaints.close()
+            raise PeerError(f"--peer_python={python} can't be run: {error.strerror}") from error
+
+    def __enter__(self) -> "Torch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._complaints.close()
+
+    def products(self, case) -> dict:
+        """(op, "torch") -> a function that gives microseconds of one call, for `rounds`."""
+        self._ask(case=case)
+        return {
+            (op, "torch"): lambda op=op: self._ask(op=op, launches=case["launches"])["us"]
+            for op in ("dense", *case["ops"])
+        }
+
+    def _ask(self, **what) -> dict:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there is no answer either
+            print(json.dumps(what), file=self._process.stdin, flush=True)
+        for line in self._process.stdout:
+            if line.startswith("{"):  # libraries may print something of their own
+                return json.loads(line)
+        self._complaints.seek(0)
+        last = (self._complaints.read().strip().splitlines() or ["no output"])[-1]
+        raise PeerError(f"torch's process stopped: {last}")
 
 
 def report(case, times) -> dict:
@@ -172,6 +214,18 @@ def copy_rate() -> float:
     return 2 * x.nbytes / us / 1e3
 
 
+def run(todo: list[dict], implementations: list[str], peer_python: str | None) -> list[dict]:
+    """The reports of all cases, each shown when it is done; [] as implementations: the one that is picked."""
+    results = []
+    with Torch(peer_python) if peer_python else contextlib.nullcontext() as peer:
+        for case in todo:
+            M, E, K, N = case["product"]
+            own = pick(jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16))
+            results.append(report(case, bench(case, implementations or [own], peer)))
+            show(results[-1])
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", default="forward,dlhs,drhs")
@@ -184,21 +238,14 @@ def main() -> None:
     todo = cases(flags.op.split(","), flags.shape.split(","), flags.sizes)
     if not todo:
         parser.error(f"no shape matches {flags.shape!r}; there are {', '.join(shapes.TRAINING | shapes.DECODE)}")
+    if flags.peer_python:  # both processes hold operands: jax takes memory as it needs it
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     named = [name for name in flags.implementation.split(",") if name]
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, copy {copy_rate():.0f} GB/s, sizes {flags.sizes}")
-    done = []
-    for case in todo:
-        M, E, K, N = case["product"]
-        own = pick(jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16))
-        done.append(bench(case, named or [own]))
-        show(report(case, done[-1]))
-    results = [report(case, times) for case, times in zip(todo, done, strict=True)]
-    if flags.peer_python:
-        print("beside torch, in a process of its own:")
-        found = peers(flags.peer_python, todo)
-        results = [report(case, a | b) for case, a, b in zip(todo, done, found, strict=True)]
-        for result in results:
-            show(result)
+    try:
+        results = run(todo, named, flags.peer_python)
+    except PeerError as error:
+        parser.exit(1, f"error: {error}\n")
     if flags.json:
         Path(flags.json).write_text(json.dumps(results))
 

@@ -9,13 +9,18 @@ import jax
 
 
 def rounds(
-    runs: Mapping[Any, Callable[[], object]], repeats: int = 5, launches: int = 1
+    runs: Mapping[Any, Callable[[], object]],
+    repeats: int = 5,
+    launches: int = 1,
+    elsewhere: Mapping[Any, Callable[[], float]] | None = None,
 ) -> dict[Any, tuple[float, float, float]]:
     """name -> (median, least, most) microseconds of one call, after two untimed ones.
 
     Rounds are interleaved, so that a slow minute of the machine hits all alike; `launches` calls are timed together.
+    What runs in another process has its turn in each round too: `elsewhere` gives its own microseconds of one call.
     """
-    times: dict[Any, list[float]] = {name: [] for name in runs}
+    elsewhere = elsewhere or {}
+    times: dict[Any, list[float]] = {name: [] for name in (*runs, *elsewhere)}
     for run in runs.values():
         for _ in range(2):  # one at a time: a training step donates what it returned before
             jax.block_until_ready(run())
@@ -26,4 +31,6 @@ def rounds(
                 out = run()
             jax.block_until_ready(out)
             times[name].append((time.perf_counter() - start) / launches * 1e6)
+        for name, microseconds in elsewhere.items():
+            times[name].append(microseconds())
     return {name: (statistics.median(values), min(values), max(values)) for name, values in times.items()}

@@ -1,9 +1,9 @@
 """torch's dense and grouped products, for `python -m pallas_kernels.benchmark --peer_python=PATH`, which runs this file
-with PATH, an environment that has torch and a GPU. Reads JSON cases from stdin, prints one JSON line for each."""
+with PATH, an environment that has torch and a GPU. Answers each line of JSON with one: {"case": …} makes its operands
+and runs its products twice; {"op": …, "launches": n} gives {"us": …}, microseconds of one of n calls."""
 
 import functools
 import json
-import statistics
 import sys
 import time
 
@@ -11,17 +11,12 @@ import torch
 
 
 def microseconds(function, launches):
-    for _ in range(2):
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(launches):
         function()
     torch.cuda.synchronize()
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(launches):
-            function()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / launches * 1e6)
-    return statistics.median(times), min(times), max(times)
+    return (time.perf_counter() - start) / launches * 1e6
 
 
 def gated_ffn(rows, gate, up, down, ends):
@@ -78,14 +73,28 @@ def block(case, normal, ends):
     }
 
 
-def main():
+def prepared(case):
+    """op -> its product, and "dense", each run twice."""
     normal = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
-    for case in json.load(sys.stdin):
-        ends = torch.tensor(case["sizes"], device="cuda").cumsum(0).to(torch.int32)
-        run = (block if case["name"].endswith("/block") else products)(case, normal, ends)
-        times = {op: microseconds(run[op], case["launches"]) for op in ("dense", *case["ops"])}
-        print(json.dumps(times), flush=True)
-        del run
+    ends = torch.tensor(case["sizes"], device="cuda").cumsum(0).to(torch.int32)
+    run = (block if case["name"].endswith("/block") else products)(case, normal, ends)
+    for op in ("dense", *case["ops"]):
+        microseconds(run[op], 2)
+    return run
+
+
+def main():
+    run: dict = {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "case" in asked:
+            run.clear()
+            torch.cuda.empty_cache()
+            run |= prepared(asked["case"])
+            answer = {}
+        else:
+            answer = {"us": microseconds(run[asked["op"]], asked["launches"])}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

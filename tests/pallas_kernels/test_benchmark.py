@@ -1,6 +1,5 @@
 """The named shapes and the benchmark's arithmetic."""
 
-import json
 import sys
 
 import jax
@@ -114,14 +113,34 @@ def test_an_unknown_shape_is_named(monkeypatch, capsys):
     assert "no shape matches 'olmo'; there are mixtral-8x7b" in capsys.readouterr().err
 
 
-def test_a_peer_that_stops_is_reported(tmp_path, monkeypatch):
-    (tmp_path / "peer.py").write_text("import sys; sys.exit('no such module')")
+PEER = """
+import json, sys
+for line in sys.stdin:
+    asked = json.loads(line)
+    print("a note of some library")
+    print(json.dumps({} if "case" in asked else {"us": 2.0 * asked["launches"]}), flush=True)
+"""
+
+
+def test_a_peer_takes_its_turns_and_is_reported_where_it_stops(tmp_path, monkeypatch):
+    (tmp_path / "peer.py").write_text(PEER)
     monkeypatch.setattr(benchmark, "_PEER", tmp_path / "peer.py")
-    case = {"name": "x", "ops": ["forward"], "product": (8, 1, 8, 8), "sizes": [8], "launches": 1}
-    with pytest.raises(RuntimeError, match="stopped after 0 of 1 cases: no such module"):
-        benchmark.peers(sys.executable, [case])
-    (tmp_path / "peer.py").write_text(f"print({json.dumps(json.dumps({'dense': [1, 1, 1], 'forward': [2, 1, 3]}))})")
-    assert benchmark.peers(sys.executable, [case])[0]["forward", "torch"] == (2, 1, 3)
+    case = {"name": "x", "ops": ["forward"], "product": (8, 1, 8, 8), "sizes": [8], "launches": 3, "again": 1}
+    with benchmark.Torch(sys.executable) as peer:
+        times = benchmark.bench(case, ["blocks"], peer)
+    assert set(times) == {("dense", "jax"), ("forward", "blocks"), ("dense", "torch"), ("forward", "torch")}
+    assert times["forward", "torch"] == times["dense", "torch"] == (6.0, 6.0, 6.0)
+    (tmp_path / "peer.py").write_text("import sys; sys.exit('no such module')")
+    with benchmark.Torch(sys.executable) as peer, pytest.raises(benchmark.PeerError, match="stopped: no such module"):
+        peer.products(case)
+
+
+def test_an_interpreter_that_is_not_there_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--shape=switch-base", "--op=forward", "--peer_python=/no/python"])
+    monkeypatch.setattr(benchmark, "copy_rate", lambda: 1.0)
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "error: --peer_python=/no/python can't be run: No such file" in capsys.readouterr().err
 
 
 def test_a_step_that_donates_its_state_can_be_timed():
