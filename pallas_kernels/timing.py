@@ -17,7 +17,8 @@ def rounds(
     """name -> (median, least, most) microseconds of one call, after two untimed ones.
 
     Rounds are interleaved, so that a slow minute of the machine hits all alike; `launches` calls are timed together.
-    What runs in another process has its turn in each round too: `elsewhere` gives its own microseconds of one call.
+    What runs in another process has its turn in each round too: `elsewhere` gives its own microseconds of one call. A
+    GPU that changes from one process to another takes a millisecond or two for it: each turn then has an untimed call.
     """
     elsewhere = elsewhere or {}
     times: dict[Any, list[float]] = {name: [] for name in (*runs, *elsewhere)}
@@ -26,6 +27,8 @@ def rounds(
             jax.block_until_ready(run())
     for _ in range(repeats):
         for name, run in runs.items():
+            if elsewhere:
+                jax.block_until_ready(run())
             start = time.perf_counter()
             for _ in range(launches):
                 out = run()

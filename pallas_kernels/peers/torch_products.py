@@ -1,6 +1,6 @@
 """torch's dense and grouped products, for `python -m pallas_kernels.benchmark --peer_python=PATH`, which runs this file
 with PATH, an environment that has torch and a GPU. Answers each line of JSON with one: {"case": …} makes its operands
-and runs its products twice; {"op": …, "launches": n} gives {"us": …}, microseconds of one of n calls."""
+and runs its products; {"op": …, "launches": n} gives {"us": …}, microseconds of one of n calls."""
 
 import functools
 import json
@@ -11,6 +11,7 @@ import torch
 
 
 def microseconds(function, launches):
+    function()  # untimed: the GPU may come from another process
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(launches):
@@ -74,12 +75,12 @@ def block(case, normal, ends):
 
 
 def prepared(case):
-    """op -> its product, and "dense", each run twice."""
+    """op -> its product, and "dense", each run once."""
     normal = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     ends = torch.tensor(case["sizes"], device="cuda").cumsum(0).to(torch.int32)
     run = (block if case["name"].endswith("/block") else products)(case, normal, ends)
     for op in ("dense", *case["ops"]):
-        microseconds(run[op], 2)
+        microseconds(run[op], 1)
     return run
 
 
