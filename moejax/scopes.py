@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import jax
 
-# The innermost one of an operation's path counts.
+# The innermost one of an operation's path counts. ffn, shared (experts) and embedding are there as modules' names.
 SCOPES = (
     "attention", "router", "dispatch", "exchange", "experts", "combine", "head", "loss", "optimizer", "statistics",
+    "ffn", "shared", "embedding",
 )  # fmt: skip
 
 

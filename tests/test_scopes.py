@@ -14,6 +14,7 @@ from moejax import scopes
         ("jit(train_step)/transpose(jvp(LM))/layers/moe/experts/experts/dot_general", "experts"),
         ("jit(train_step)/jvp(LM)/layers/moe/router/router/plan/sort", "router"),
         ("jit(train_step)/jvp(LM)/head/loss/exp", "loss"),  # the innermost counts
+        ("jit(train_step)/jvp(LM)/layers/moe/shared/dot_general", "shared"),
         ("jit(train_step)/jvp(LM)/layers/ffn_norm/rsqrt", "other"),
     ],
 )
