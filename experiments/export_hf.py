@@ -1,4 +1,4 @@
-"""Writes a checkpoint of a published family in Hugging Face's format: transformers, vLLM and SGLang read it.
+"""Writes a checkpoint of a published family in Hugging Face's format.
 
   python experiments/export_hf.py --workdir=runs/olmoe --target=DIR
 

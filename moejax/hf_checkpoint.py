@@ -1,7 +1,7 @@
 """Hugging Face checkpoints to and from moejax's own, streamed: one tensor group is in memory at a time.
 
     DIRECTORY/checkpoints/0/    the checkpoint, as `checkpoint.save` would write it; its config holds `family` and `hf`
-              tokenizer/        what lay beside the source: tokenizer files, generation_config.json
+              tokenizer/        what lay beside the source: tokenizer files, generation_config.json, code
 
 orbax writes a tree that is in memory. Here it writes the tree with a single number in every place, and the arrays then
 replace the numbers one at a time in orbax's own store (zarr in OCDBT), before the folder gets its name.
@@ -49,7 +49,8 @@ def convert(
     found = hf_import.parameters(tensors, family, config, None if dtype is None else jnp.dtype(dtype))
     shapes = hf_import.check(tensors, family, config)
     root = workdir / "checkpoints"
-    if root.is_dir() and any(root.iterdir()):
+    partial = root / "0.orbax-checkpoint-tmp-import"
+    if root.is_dir() and any(path != partial for path in root.iterdir()):  # a killed import may have left that
         raise UserError(f"{workdir} has checkpoints already; give a new folder")
     size = sum(
         math.prod(shapes[path]) * hf_import.parameter_dtype(tensors, rule, path, dtype).itemsize
@@ -59,10 +60,12 @@ def convert(
     with writing(workdir):
         root.mkdir(parents=True, exist_ok=True)
         hf_export.check_room(workdir, size)
-    partial = root / "0.orbax-checkpoint-tmp-import"
     try:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         write_streamed(partial, shapes, found)
-        beside = [name for name in BESIDE if (source / name).is_file()]
+        # Code that config.json's auto_map names goes along.
+        beside = [name for name in BESIDE if (source / name).is_file()] + [path.name for path in source.glob("*.py")]
         (workdir / "tokenizer").mkdir(exist_ok=True)
         for name in beside:
             shutil.copyfile(source / name, workdir / "tokenizer" / name)

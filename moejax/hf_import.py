@@ -44,6 +44,9 @@ class Source:
             if re.fullmatch(ignored, name):
                 self.left_out += 1
             elif name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in self._shards:
+                held = shard.tensors[self._names[name]][0]
+                if held != "U8" or len(shape) != 4:
+                    raise UserError(f"{folder}: tensor {name} is {held} {shape}: MXFP4 blocks are U8 with four axes")
                 # (E, out, groups, 16 bytes of two codes) -> (E, in, out)
                 self.shapes[name.removesuffix("_blocks")] = (shape[0], shape[2] * shape[3] * 2, shape[1])
             elif not self._is_scale(name):
@@ -61,18 +64,23 @@ class Source:
         return np.dtype(safetensors.DTYPES[self._shards[name].tensors[self._names[name]][0]])
 
     def read(self, name: str, dtype: Any = None) -> np.ndarray:
-        """One tensor. UserError where it holds a NaN, or is quantised in a way that isn't known.
+        """One tensor. UserError where it holds a NaN, isn't of floats, or is quantised in a way that isn't known.
 
         dtype: of a float8 tensor, rounded to it once; every other keeps its own (bfloat16 holds MXFP4 exactly).
         """
         if name not in self._shards:
-            blocks, scales = self._raw(name + "_blocks"), self._raw(name + "_scales")
-            return dequantise_mxfp4(blocks, scales)
-        tensor = self._raw(name)
-        if name + "_scale_inv" in self._shards:
-            tensor = dequantise_fp8(tensor, self._raw(name + "_scale_inv"), dtype or self.dtype(name))
-        elif tensor.dtype.itemsize == 1:
-            raise UserError(f"{self.folder}: tensor {name} is {tensor.dtype} without a {name}_scale_inv beside it")
+            tensor = dequantise_mxfp4(self._raw(name + "_blocks"), self._raw(name + "_scales"))
+        elif name + "_scale_inv" in self._shards:
+            tensor = dequantise_fp8(self._raw(name), self._raw(name + "_scale_inv"), dtype or self.dtype(name))
+        else:
+            tensor = self._raw(name)
+            if tensor.dtype.itemsize == 1:
+                raise UserError(f"{self.folder}: tensor {name} is {tensor.dtype} without a {name}_scale_inv beside it")
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                raise UserError(f"{self.folder}: tensor {name} is {tensor.dtype}: parameters are floats")
+            return tensor
+        if has_infinity(tensor):
+            raise UserError(f"{self.folder}: tensor {name}, dequantised, goes beyond what {tensor.dtype} holds")
         return tensor
 
     def _raw(self, name: str) -> np.ndarray:
@@ -89,6 +97,13 @@ def has_nan(tensor: np.ndarray) -> bool:
     if tensor.dtype == ml_dtypes.float8_e4m3fn:
         return bool(np.any((tensor.view(np.uint8) & 0x7F) == 0x7F))
     return tensor.dtype.kind == "f" and bool(np.any(np.isnan(tensor)))
+
+
+def has_infinity(tensor: np.ndarray) -> bool:
+    """Whether a float tensor holds an infinity; by bits as in `has_nan`."""
+    if tensor.dtype == ml_dtypes.bfloat16:
+        return bool(np.any((tensor.view(np.uint16) & 0x7FFF) == 0x7F80))
+    return bool(np.any(np.isinf(tensor)))
 
 
 def dequantise_fp8(tensor: np.ndarray, scale_inv: np.ndarray, dtype: Any = ml_dtypes.bfloat16) -> np.ndarray:
@@ -115,6 +130,9 @@ def dequantise_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     E, rows, groups, half = blocks.shape
     if scales.shape != (E, rows, groups):
         raise UserError(f"MXFP4 blocks of {blocks.shape} need scales of {(E, rows, groups)}, and have {scales.shape}")
+    if scales.dtype != np.uint8 or np.any(scales == 255):
+        raise UserError("MXFP4 scales are uint8, of which 255 is a NaN; "
+                        + (f"these are {scales.dtype}" if scales.dtype != np.uint8 else "these hold it"))  # fmt: skip
     out = np.empty((E, groups * half * 2, rows), ml_dtypes.bfloat16)
     for expert in range(E):
         codes = np.stack([blocks[expert] & 0xF, blocks[expert] >> 4], axis=-1).reshape(rows, groups, 2 * half)
@@ -202,22 +220,46 @@ def check(source: Source, family: Family, config: Any) -> dict[str, Shape]:
 
 
 def parameter_dtype(source: Source, rule: hf_tensors.Rule, path: str, dtype: Any = None) -> np.dtype:
-    """What `parameters` gives a path: `dtype`, or its first tensor's where None. Selection biases stay float32."""
-    return np.dtype(np.float32) if path.startswith("router_state/") else np.dtype(dtype or source.dtype(rule.names[0]))
+    """What `parameters` gives a path: `dtype`, or where None the one that holds all its tensors without rounding.
+
+    Selection biases stay float32.
+    """
+    if path.startswith("router_state/"):
+        return np.dtype(np.float32)
+    held = {source.dtype(name) for name in rule.names}
+    if dtype is not None or len(held) == 1:
+        return np.dtype(dtype or held.pop())
+    # float32 for float16 and bfloat16 too: neither holds the other.
+    return np.dtype(np.float64 if np.dtype(np.float64) in held else np.float32)
 
 
 def parameters(source: Source, family: Family, config: Any, dtype: Any = None) -> Iterator[tuple[str, np.ndarray]]:
     """(path, array) of every parameter, one rule at a time, after all names and shapes were checked.
 
-    dtype: of the parameters; None keeps each tensor's. Selection biases stay float32.
+    dtype: of the parameters; None keeps each tensor's, or the one that holds all tensors of a parameter. Selection
+    biases stay float32.
     """
     shapes = check(source, family, config)
     for rule in family.rules(config):
         tensors = [source.read(name, dtype) for name in rule.names]
+        if len({tensor.dtype for tensor in tensors}) > 1:  # as one array they would have the first one's dtype
+            target = parameter_dtype(source, rule, rule.paths[0], dtype)
+            tensors = [_cast(tensor, target, name) for tensor, name in zip(tensors, rule.names, strict=True)]
         arrays = rule.read([shapes[path] for path in rule.paths], tensors)
         for path, array in zip(rule.paths, arrays, strict=True):
-            target = parameter_dtype(source, rule, path, dtype)
-            yield path, array if array.dtype == target else array.astype(target)
+            yield path, _cast(array, parameter_dtype(source, rule, path, dtype), rule.names[0])
+
+
+def _cast(array: np.ndarray, target: np.dtype, name: str) -> np.ndarray:
+    """The array in `target`; UserError, by the tensor's name, where a number is too large for it."""
+    if array.dtype == target:
+        return array
+    with np.errstate(over="ignore"):
+        out = array.astype(target)
+    narrower = jnp.finfo(target).max < jnp.finfo(array.dtype).max
+    if narrower and has_infinity(out) and not has_infinity(array):
+        raise UserError(f"tensor {name} goes beyond what {target} holds, {jnp.finfo(target).max}: ask for a wider one")
+    return out
 
 
 def load(folder: str | Path, families: Mapping[str, Family], dtype: Any = jnp.float32) -> tuple[nn.Module, dict]:

@@ -17,8 +17,8 @@ def rounds(
     """name -> (median, least, most) microseconds of one call, after two untimed ones.
 
     Rounds are interleaved, so that a slow minute of the machine hits all alike; `launches` calls are timed together.
-    What runs in another process has its turn in each round too: `elsewhere` gives its own microseconds of one call. A
-    GPU that changes from one process to another takes a millisecond or two for it: each turn then has an untimed call.
+    What runs in another process has its turn in each round too: `elsewhere` gives its own microseconds of one call.
+    Each turn then begins with an untimed call, since a GPU may take its time to change from one process to another.
     """
     elsewhere = elsewhere or {}
     times: dict[Any, list[float]] = {name: [] for name in (*runs, *elsewhere)}

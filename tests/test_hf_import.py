@@ -336,6 +336,69 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     refused(folder, "lacks 1 of 1 shards", "model-00001-of-00002.safetensors")
 
 
+UP = "model.layers.0.mlp.experts.{}.up_proj.weight"
+
+
+@pytest.mark.parametrize("narrow", [ml_dtypes.bfloat16, np.float16])
+def test_experts_of_several_dtypes_are_held_in_the_one_that_rounds_none(tmp_path, narrow):
+    first = np.full((24, 32), 0.5, narrow)
+    second = np.full((24, 32), 1 + 2**-20, np.float32)  # bfloat16 would round it to 1
+    third = np.full((24, 32), 2.0**100, ml_dtypes.bfloat16)  # beyond float16
+    folder = copy(tmp_path, "olmoe", tensors={UP.format(i): up for i, up in enumerate((first, second, third))})
+    hf_checkpoint.convert(folder, tmp_path / "run", models.FAMILIES)
+    stored = hf_checkpoint.Stored(tmp_path / "run", models.FAMILIES).read("params/layer_0/moe/up")
+    found = hf_tensors.flatten(models.load_hf(folder)[1])["params/layer_0/moe/up"]
+    for up in (stored, found):
+        assert up.dtype == np.float32
+        np.testing.assert_array_equal(up[0], first.astype(np.float32).T)
+        np.testing.assert_array_equal(up[1], second.T)
+        np.testing.assert_array_equal(up[2], third.astype(np.float32).T)
+
+
+@pytest.mark.parametrize(
+    "value, dtype, line",
+    [
+        (np.full((32,), 1e6, np.float32), "float16", "tensor model.norm.weight goes beyond what float16 holds"),
+        (np.full((32,), 1e300, np.float64), "float32", "tensor model.norm.weight goes beyond what float32 holds"),
+        (np.ones((32,), np.int32), None, "tensor model.norm.weight is int32: parameters are floats"),
+    ],
+)
+def test_numbers_that_the_dtype_cannot_hold_are_refused(tmp_path, value, dtype, line):
+    folder = copy(tmp_path, "olmoe", tensors={"model.norm.weight": value})
+    with pytest.raises(UserError, match=line):
+        hf_checkpoint.convert(folder, tmp_path / "run", models.FAMILIES, dtype)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_mxfp4_that_is_damaged_is_refused():
+    blocks, scales = np.zeros((1, 2, 1, 16), np.uint8), np.full((1, 2, 1), 127, np.uint8)
+    assert not np.any(hf_import.dequantise_mxfp4(blocks, scales))
+    with pytest.raises(UserError, match="255 is a NaN; these hold it"):
+        hf_import.dequantise_mxfp4(blocks, np.where(np.arange(2)[:, None] == 1, np.uint8(255), scales))
+    with pytest.raises(UserError, match="these are float32"):
+        hf_import.dequantise_mxfp4(blocks, scales.astype(np.float32))
+
+
+@pytest.mark.parametrize("blocks", [np.zeros((4, 24, 16), np.uint8), np.zeros((4, 24, 1, 16), np.float32)])
+def test_mxfp4_blocks_of_another_form_are_refused_by_name(tmp_path, blocks):
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    tensors = {f"{name}_blocks": blocks, f"{name}_scales": np.zeros(blocks.shape[:-1], np.uint8)}
+    refused(copy(tmp_path, "olmoe", tensors=tensors, drop=[name]), f"{name}_blocks", "four axes")
+
+
+def test_a_killed_import_can_be_run_again_and_code_goes_along(tmp_path):
+    folder = copy(tmp_path, "olmoe")
+    (folder / "modeling_own.py").write_text("# named by auto_map")
+    left = tmp_path / "run" / "checkpoints" / "0.orbax-checkpoint-tmp-import" / "params"
+    left.mkdir(parents=True)
+    (left / "half").write_text("")
+    hf_checkpoint.convert(folder, tmp_path / "run", models.FAMILIES)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0"]
+    assert "modeling_own.py" in hf_checkpoint.Stored(tmp_path / "run", models.FAMILIES).beside()
+    with pytest.raises(UserError, match="has checkpoints already"):
+        hf_checkpoint.convert(folder, tmp_path / "run", models.FAMILIES)
+
+
 def test_float8_without_its_scales_is_refused(tmp_path):
     name = "model.layers.0.mlp.experts.0.up_proj.weight"
     refused(copy(tmp_path, "olmoe", tensors={name: np.ones((24, 32), ml_dtypes.float8_e4m3fn)}), "float8", "_scale_inv")

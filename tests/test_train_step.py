@@ -275,3 +275,15 @@ def test_empty_batch_gives_zero_loss_and_no_nan():
         )
     assert metrics["loss"] == metrics["total_loss"] == metrics["bits_per_byte"] == 0
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state, metrics)))
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_bfloat16_parameters_start_as_the_rounded_float32_ones(scanned):
+    """They are made layer by layer in a loop and rounded there, also where the step unrolls the layers."""
+    wide = small.model_config(small.ROUTERS["switch"])
+    narrow = dataclasses.replace(wide, param_dtype="bfloat16", scan_layers=scanned)
+    tx, key = optimizer.make(small.config().optimizer), jax.random.key(0)
+    expected = jax.tree.map(lambda p: p.astype(jnp.bfloat16), train_step.init(LM(wide), tx, key).params)
+    found = train_step.init(LM(narrow), tx, key).params
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

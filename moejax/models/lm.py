@@ -87,7 +87,7 @@ class LM(nn.Module):
 
     @property
     def param_dtype(self) -> str:
-        """Of parameters in training; `init` makes float32, and `apply` takes any."""
+        """Of parameters in training; `init` makes layers in it and the rest in float32, and `apply` takes any."""
         return self.config.param_dtype
 
     @nn.compact
