@@ -5,7 +5,7 @@
 
 Always labelled: "real", of an untrained router; "no losses", the same without router losses and without the bias rule;
 "forced", every expert with the same number of tokens. Model FLOPs are 6 × active parameters without the input embedding
-per token ("6N"), and the same with attention scores. Time by named scope is from a profile of the real routing.
+per token ("6N"), and the same with attention scores. Time by named scope is from a profile of the last that is timed.
 
 PATH is an interpreter that has torch and transformers: there an OLMoE of the config's sizes takes steps on as many
 tokens, bfloat16 throughout, without router losses, with grouped experts, compiled on a GPU.
@@ -36,6 +36,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Repeats of each case; the median 
 _DOCUMENTS = flags.DEFINE_integer(
     "documents", 1, "Documents in each row of the batch. One needs no mask in attention, as the peer.", lower_bound=1
 )
+_ROUTING = flags.DEFINE_list("routing", [], "Those to time, of forced, no losses, real; all where left out.")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter with torch and transformers.")
 
 
@@ -56,12 +57,17 @@ def without_losses(config: Config) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
-def cases(config: Config) -> dict[str, Config]:
-    """The configs that are timed, by name; "real" is last."""
-    if config.model.moe is None:
-        return {"real": config}
-    found = {"forced": forced(config), "no losses": without_losses(config), "real": config}
-    return {name: case for name, case in found.items() if name == "real" or case != config}
+def cases(config: Config, names: list[str]) -> dict[str, Config]:
+    """The configs that are timed, by name; "real" is last. names: those wanted, all if empty. UserError for others."""
+    found = {"real": config}
+    if config.model.moe is not None:
+        found = {"forced": forced(config), "no losses": without_losses(config)} | found
+    found = {name: case for name, case in found.items() if name == "real" or case != config}
+    unknown = set(names) - set(found)
+    if unknown:
+        there = ", ".join(found) + " of this config"
+        raise UserError(f"--routing={','.join(names)}: {sorted(unknown)[0]!r} is not among {there}")
+    return {name: case for name, case in found.items() if name in (names or found)}
 
 
 def report(config: Config, seconds: dict[str, float], step: Step) -> None:
@@ -80,11 +86,11 @@ def report(config: Config, seconds: dict[str, float], step: Step) -> None:
         mfu = "" if peak is None else f", MFU {all_of_it * 1e12 / peak:.1%}"
         print(f"  {name:14}{each * 1e3:8.1f} ms {rate:10,.0f} tokens/s  {teraflops:6.1f} TFLOP/s a device (6N), "
               f"{all_of_it:.1f} with attention{mfu}")  # fmt: skip
-    if "no losses" in seconds:
+    if {"no losses", "real"} <= seconds.keys():
         print(f"  speed of real over no losses: {seconds['no losses'] / seconds['real']:.3f}")
     print(f"  memory a device, by the compiler: {step.bytes() / 1e9:.1f} GB")
     print(
-        "  by scope (real): "
+        f"  by scope ({list(seconds)[-1]}): "
         + ", ".join(f"{scope} {share:.1%}" for scope, share in scopes.shares(step.compiled, step).items())
     )
 
@@ -123,7 +129,7 @@ def main() -> None:
     config = configs.settle(configs.from_config_dict(_CONFIG.value))
     if config.model.vocab_size is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=257))
-    theirs = None
+    todo, theirs = cases(config, _ROUTING.value), None
     if _PEER_PYTHON.value is not None:
         if config.model.moe is None:
             raise UserError("--peer_python compares sparse models: give a config with model.moe")
@@ -131,7 +137,7 @@ def main() -> None:
         theirs = peer(_PEER_PYTHON.value, config, _REPEATS.value)
         print(f"transformers: {theirs['seconds'] * 1e3:.1f} ms", file=sys.stderr, flush=True)
     seconds, step = {}, None
-    for name, case in cases(config).items():
+    for name, case in todo.items():
         step = None  # two states may not fit
         start = time.perf_counter()
         step = Step(case, case.data.batch_size, case.data.sequence_length, _DOCUMENTS.value)

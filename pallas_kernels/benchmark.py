@@ -3,8 +3,11 @@
     python -m pallas_kernels.benchmark [--op forward,dlhs,drhs,gated_ffn,…] [--shape olmoe,…|training|decode]
         [--sizes dirichlet] [--implementation mosaic_gpu,xla] [--peer_python PATH] [--json FILE]
 
---op: forward, dlhs and drhs of the products up and down; gated_ffn, combine and spread, and gated_ffn_both and
-combine_both, which are values and all gradients (`block_ops`).
+--op: forward, dlhs and drhs of the products up and down, and both, all three; gated_ffn, combine and spread, and
+gated_ffn_both and combine_both, which are values and all gradients (`block_ops`).
+
+Peers on a GPU: a dense product of the same FLOPs, `lax.ragged_dot` (as "xla"), tokamax where it is installed, and with
+--peer_python torch's grouped product. --implementation names what is timed beside the dense product, peers among it.
 
 Medians of five rounds, in which every implementation of a case runs in turn (so that all see the same clocks), torch in
 a process of its own among them, with the fastest and slowest round. Weights of a case are larger than the caches
@@ -31,10 +34,12 @@ import numpy as np
 
 from pallas_kernels import block_ops, shapes
 from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, pick
+from pallas_kernels.peers import jax_products
 from pallas_kernels.timing import rounds
 
-OPS = ("forward", "dlhs", "drhs")
+OPS = ("forward", "dlhs", "drhs", "both")
 _AGAIN = 8  # times a decode shape's product runs in one program
+_SLOW = ("xla",)  # a hundredth of our rate at many experts: launched once a round
 _PEER = Path(__file__).parent / "peers" / "torch_products.py"
 
 
@@ -74,14 +79,17 @@ def operands(case):
 
 
 def product(op, implementation, lhs, rhs, grad, sizes, metadata):
-    """One of the three products: as differentiating `grouped_matmul` makes them."""
+    """One of the three products, or all, as differentiating makes them; implementation: ours, or a peer's name."""
 
     def forward(lhs, rhs):
+        if peer := jax_products.present().get(implementation):
+            return peer(lhs, rhs, sizes)
         return grouped_matmul(lhs, rhs, sizes, metadata=metadata, implementation=implementation)
 
     if op == "forward":
         return forward(lhs, rhs)
-    return jax.vjp(forward, lhs, rhs)[1](grad)[OPS.index(op) - 1]
+    out, pull = jax.vjp(forward, lhs, rhs)
+    return (out, *pull(grad)) if op == "both" else pull(grad)[OPS.index(op) - 1]
 
 
 def for_each(op, implementation, lhs, rhs, grad, *rest):
@@ -112,7 +120,8 @@ def bench(case, implementations, peer=None) -> dict:
         runs = {("dense", "jax"): functools.partial(compiled(dense, *plain), *plain)}
         runs |= {name: functools.partial(job.result(), *args) for name, job in jobs.items()}
     elsewhere = peer.products(case) if peer else {}
-    times = rounds(runs, launches=case["launches"], elsewhere=elsewhere)
+    launches = {name: 1 if name[1] in _SLOW else case["launches"] for name in runs}
+    times = rounds(runs, launches=launches, elsewhere=elsewhere)
     again = {name: 1 if name in elsewhere else case["again"] for name in times}
     return {name: tuple(us / again[name] for us in found) for name, found in times.items()}
 
@@ -167,14 +176,17 @@ class Torch:
         raise PeerError(f"torch's process stopped: {last}")
 
 
-def report(case, times) -> dict:
-    """Rates of one case: TFLOP/s by the real rows, GB/s by weights of the experts that have rows, and rows."""
+def report(case, times, copied: float) -> dict:
+    """Rates of one case: TFLOP/s by the real rows, also as a share of the dense product's; GB/s by weights of the
+    experts that have rows, and rows, also as a share of `copied`, a copy's."""
     M, _, K, N = case["product"]
     touched = int(np.count_nonzero(case["sizes"]))
     one = 2.0 * M * K * N, 2.0 * (M * (K + N) + touched * K * N)
     rates = []
     for (op, name), (us, least, most) in times.items():
         flops, moved = block_ops.work(op, case) if op in block_ops.OPS else one
+        if op == "both":
+            flops, moved = 3 * flops, 3 * moved
         rates.append(
             {
                 "op": op,
@@ -184,6 +196,7 @@ def report(case, times) -> dict:
                 "most": most,
                 "tflops": flops / us / 1e6,
                 "gbs": moved / us / 1e3,
+                "of_copy": moved / us / 1e3 / copied,
                 "of_dense": flops / one[0] * times["dense", "jax"][0] / us,
             }
         )
@@ -196,7 +209,7 @@ def show(result) -> None:
     rates = " | ".join(
         f"{row['op']} {row['implementation']} {row['us']:.0f} us [{row['least']:.0f}, {row['most']:.0f}] "
         + (
-            f"{row['gbs']:.0f} GB/s"
+            f"{row['gbs']:.0f} GB/s {row['of_copy']:.2f}"
             if decode or not row["tflops"]
             else f"{row['tflops']:.0f} TFLOP/s {row['of_dense']:.3f}"
         )
@@ -214,14 +227,21 @@ def copy_rate() -> float:
     return 2 * x.nbytes / us / 1e3
 
 
-def run(todo: list[dict], implementations: list[str], peer_python: str | None) -> list[dict]:
-    """The reports of all cases, each shown when it is done; [] as implementations: the one that is picked."""
+def timed(case) -> list[str]:
+    """What is timed where nothing is named: what is picked and, of products on a GPU, the peers of this process."""
+    M, E, K, N = case["product"]
+    own = pick(jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16))
+    if case["ops"][0] in block_ops.OPS or jax.default_backend() != "gpu":
+        return [own]
+    return list(dict.fromkeys([own, "xla", *jax_products.present()]))
+
+
+def run(todo: list[dict], implementations: list[str], peer_python: str | None, copied: float) -> list[dict]:
+    """The reports of all cases, each shown when it is done; [] as implementations: `timed`."""
     results = []
     with Torch(peer_python) if peer_python else contextlib.nullcontext() as peer:
         for case in todo:
-            M, E, K, N = case["product"]
-            own = pick(jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16))
-            results.append(report(case, bench(case, implementations or [own], peer)))
+            results.append(report(case, bench(case, implementations or timed(case), peer), copied))
             show(results[-1])
     return results
 
@@ -241,9 +261,11 @@ def main() -> None:
     if flags.peer_python:  # both processes hold operands: jax takes memory as it needs it
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     named = [name for name in flags.implementation.split(",") if name]
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, copy {copy_rate():.0f} GB/s, sizes {flags.sizes}")
+    copied = copy_rate()
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, copy {copied:.0f} GB/s, sizes {flags.sizes}")
+    print("[fastest and slowest round]; then the share of the dense product's rate, or of the copy's")
     try:
-        results = run(todo, named, flags.peer_python)
+        results = run(todo, named, flags.peer_python, copied)
     except PeerError as error:
         parser.exit(1, f"error: {error}\n")
     if flags.json:

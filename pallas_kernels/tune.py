@@ -1,81 +1,122 @@
-"""Times the Hopper kernels' tilings at the named shapes, beside the ones that `grouped_matmul.mosaic_gpu` keeps.
+"""Times the Hopper kernels' tilings at the named shapes and keeps the best of each bucket of shapes in `tilings.json`.
 
-    python -m pallas_kernels.tune [--op forward,drhs] [--shape olmoe-1b-7b,…|training|decode] [--json FILE]
+    python -m pallas_kernels.tune [--op forward,drhs] [--shape training,decode|olmoe-1b-7b,…] [--write] [--json FILE]
 
-Prints, per product, microseconds and the kept tiling's time over each candidate's; last, per candidate, the geometric
-mean of those ratios. A candidate that needs more shared memory than there is is left out. What wins by more than the
-spread between two runs (a few per cent) is written into FORWARD or DRHS by hand, with a line in experiments/LOG.md.
+Prints, per product, each candidate's microseconds and the kept tiling's time over it; then, per bucket, the geometric
+means of those ratios. --write puts a bucket's best into the file in place of the kept one where it wins by more than
+3%, which two runs may differ by. A candidate that needs more shared memory than there is is left out.
 """
 
 import argparse
+import collections
 import concurrent.futures
+import datetime
 import functools
 import itertools
 import json
 import math
 from pathlib import Path
 
+import jax
+
 from pallas_kernels import benchmark
-from pallas_kernels.grouped_matmul import mosaic_gpu
-from pallas_kernels.grouped_matmul.hopper import Tiling
+from pallas_kernels.grouped_matmul import mosaic_gpu, schedule, tilings
+from pallas_kernels.grouped_matmul.hopper import COLUMNS, STEP, Tiling
 from pallas_kernels.timing import rounds
 
-KEPT = {"forward": mosaic_gpu.FORWARD, "drhs": mosaic_gpu.DRHS}
 _SHARED = 227 * 1024  # bytes a block may have
 _BARRIERS = 1024
+_NOISE = 1.03
 
 
-def candidates() -> list[Tiling]:
-    """Rings and staging buffers that fit: a stage is 32 KiB, a staged piece 8 KiB for each of two warpgroups."""
+def candidates(rows: int = schedule.ROWS) -> list[Tiling]:
+    """Rings and staging buffers that fit beside each other; rows: of a row tile, which a stage holds with COLUMNS."""
+    stage = 2 * STEP * (max(rows, 64) + COLUMNS)
     return [
         Tiling(stages, pieces)
-        for stages, pieces in itertools.product((3, 4, 5, 6), (1, 2, 4))
-        if stages * (32 << 10) + pieces * 2 * (8 << 10) + _BARRIERS <= _SHARED
+        for stages, pieces in itertools.product((3, 4, 5, 6, 7), (1, 2, 4))
+        if stages * stage + pieces * 2 * (8 << 10) + _BARRIERS <= _SHARED  # a piece for each of two warpgroups
     ]
 
 
+def place(case, op: str) -> tuple[int, str]:
+    """(rows of a tile, bucket) of a case's product."""
+    M, E, K, _ = case["product"]
+    rows, depth = (schedule.tile_rows(M, E), K) if op == "forward" else (schedule.ROWS, M // E)
+    return rows, tilings.bucket(op, rows, depth)
+
+
 def product(op, tiles, lhs, rhs, grad, sizes, metadata):
+    """The product of every lhs and grad, in one program."""
     if op == "forward":
-        return mosaic_gpu.forward(lhs, rhs, sizes, metadata, False, lhs.dtype, tiles)
-    return mosaic_gpu.drhs(lhs, grad, sizes, metadata, rhs.dtype, tiles)
+        return [mosaic_gpu.forward(rows, rhs, sizes, metadata, False, rows.dtype, tiles) for rows in lhs]
+    return [mosaic_gpu.drhs(*rows, sizes, metadata, rhs.dtype, tiles) for rows in zip(lhs, grad, strict=True)]
 
 
 def tune(case, op) -> dict[Tiling, float]:
     """Median microseconds of each candidate."""
-    (lhs,), rhs, (grad,), *rest = benchmark.operands(case | {"again": 1})
-    args = lhs, rhs, grad, *rest
+    args = benchmark.operands(case)
+    todo = candidates(place(case, op)[0])
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = {t: pool.submit(benchmark.compiled, functools.partial(product, op, t), *args) for t in candidates()}
+        compiled = {t: pool.submit(benchmark.compiled, functools.partial(product, op, t), *args) for t in todo}
         runs = {t: functools.partial(job.result(), *args) for t, job in compiled.items()}
-    return {t: us for t, (us, _, _) in rounds(runs, launches=case["launches"]).items()}
+    return {t: us / case["again"] for t, (us, _, _) in rounds(runs, launches=case["launches"]).items()}
 
 
-def summary(op: str, found: list[dict[Tiling, float]]) -> dict[Tiling, float]:
+def summary(kept: Tiling, found: list[dict[Tiling, float]]) -> dict[Tiling, float]:
     """Geometric mean over the products of the kept tiling's time over each candidate's: above 1 is faster."""
-    return {t: math.exp(sum(math.log(times[KEPT[op]] / times[t]) for times in found) / len(found)) for t in found[0]}
+    return {t: math.exp(sum(math.log(times[kept] / times[t]) for times in found) / len(found)) for t in found[0]}
+
+
+def best(kept: Tiling, means: dict[Tiling, float]) -> Tiling:
+    """What a bucket takes from now on."""
+    first = max(means, key=lambda t: means[t])
+    return first if means[first] > _NOISE else kept
+
+
+def run(ops: list[str], names: list[str], chip: str) -> tuple[list[dict], dict[str, dict[str, Tiling]]]:
+    """Every case's times, and op -> bucket -> what it takes from now on; prints both."""
+    rows: list[dict] = []
+    chosen: dict[str, dict[str, Tiling]] = {op: {} for op in ops}
+    for op in ops:
+        found = collections.defaultdict(list)
+        for case in benchmark.cases([op], names, "dirichlet"):
+            _, bucket = place(case, op)
+            kept, times = tilings.table(chip)[op][bucket], tune(case, op)
+            found[bucket].append(times)
+            for t, us in times.items():
+                rows.append({"name": case["name"], "op": op, "stages": t.stages, "pieces": t.pieces, "us": us})
+                print(f"{case['name']} {op} {show(t)}: {us:.0f} us, {times[kept] / us:.3f}", flush=True)
+        for bucket, its in found.items():
+            kept = tilings.table(chip)[op][bucket]
+            means = summary(kept, its)
+            chosen[op][bucket] = best(kept, means)
+            for t, mean in sorted(means.items(), key=lambda item: -item[1]):
+                print(f"{op}, {bucket}, {show(t)}: {mean:.3f}" + " (kept)" * (t == kept))
+    return rows, chosen
+
+
+def show(t: Tiling) -> str:
+    return f"stages {t.stages} pieces {t.pieces}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", default="forward,drhs")
-    parser.add_argument("--shape", default="training")
+    parser.add_argument("--shape", default="training,decode")
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--json")
     flags = parser.parse_args()
-    rows = []
-    for op in flags.op.split(","):
-        if op not in KEPT:
-            parser.error(f"no op {op!r} to tune; there are {', '.join(KEPT)}")
-        found = []
-        for case in benchmark.cases([op], flags.shape.split(","), "dirichlet"):
-            found.append(tune(case, op))
-            for t, us in found[-1].items():
-                ratio = found[-1][KEPT[op]] / us
-                rows.append({"name": case["name"], "op": op, "stages": t.stages, "pieces": t.pieces, "us": us})
-                print(f"{case['name']} {op} stages {t.stages} pieces {t.pieces}: {us:.0f} us, {ratio:.3f}", flush=True)
-        if not found:
-            parser.error(f"no shape matches {flags.shape!r}")
-        for t, mean in sorted(summary(op, found).items(), key=lambda item: -item[1]):
-            print(f"{op} stages {t.stages} pieces {t.pieces}: {mean:.3f}" + " (kept)" * (t == KEPT[op]))
+    ops, names, chip = flags.op.split(","), flags.shape.split(","), jax.devices()[0].device_kind
+    for op in ops:
+        if op not in tilings.BUCKETS:
+            parser.error(f"no op {op!r} to tune; there are {', '.join(tilings.BUCKETS)}")
+    if not benchmark.cases(ops, names, "dirichlet"):
+        parser.error(f"no shape matches {flags.shape!r}")
+    rows, chosen = run(ops, names, chip)
+    if flags.write:
+        tilings.write(chip, f"{datetime.date.today()}, jax {jax.__version__}", chosen)
+        print(f"wrote {tilings.FILE}")
     if flags.json:
         Path(flags.json).write_text(json.dumps(rows))
 

@@ -16,10 +16,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_matmul import hopper, schedule
+from pallas_kernels.grouped_matmul import hopper, schedule, tilings
 from pallas_kernels.grouped_matmul.hopper import COLUMNS, Tiling
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
-from pallas_kernels.grouped_matmul.mosaic_gpu import FEW, FORWARD, here
+from pallas_kernels.grouped_matmul.mosaic_gpu import here
 from pallas_kernels.vary import vary_alike
 
 _STEP, _HALF = hopper.STEP, 64
@@ -45,7 +45,7 @@ def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, scal
     """
     M, F = rows.shape[0], gate.shape[2]
     in_tile = schedule.tile_rows(M, gate.shape[0])
-    t = here(tiles or (FORWARD if in_tile == schedule.ROWS else FEW), rows)
+    t = here(tiles or tilings.pick("forward", in_tile, rows.shape[1]), rows)
     spare = -M % 8
     out = (jax.ShapeDtypeStruct((hopper.stored_rows(M), F), rows.dtype),) * (3 if keep else 1)
     stage = {"a": (max(in_tile, 64), _STEP), "b": (_STEP, _HALF), "c": (_STEP, _HALF)}
@@ -105,7 +105,7 @@ def dlhs(grads, weights, metadata: GroupMetadata, tiles: Tiling | None = None):
     """grads[0] · weights[0]ᵀ + grads[1] · weights[1]ᵀ, summed in one accumulator: (M, F) twice, (E, D, F) -> (M, D)."""
     first, M, D = grads[0], grads[0].shape[0], weights[0].shape[1]
     in_tile = schedule.tile_rows(M, weights[0].shape[0])
-    t = here(tiles or (FORWARD if in_tile == schedule.ROWS else FEW), first)
+    t = here(tiles or tilings.pick("forward", in_tile, 2 * first.shape[1]), first)
     spare = -M % 8
     out = jax.ShapeDtypeStruct((hopper.stored_rows(M), D), first.dtype)
     stage = {"a": (max(in_tile, 64), _STEP), "b": (COLUMNS, _STEP)}

@@ -17,17 +17,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.grouped_matmul import hopper, schedule
+from pallas_kernels.grouped_matmul import hopper, schedule, tilings
 from pallas_kernels.grouped_matmul.hopper import COLUMNS, Tiling
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
 from pallas_kernels.vary import vary_alike
 
 _ROWS = schedule.ROWS
 _STEP = hopper.STEP
-# a short sum wants its tile stored at once; a weight gradient, whose first and last stages are masked, a longer ring
 _MASKED = 16  # rows of a weight gradient's stage that are masked at once
-FORWARD, DRHS = Tiling(stages=5, pieces=4), Tiling(stages=6, pieces=2)
-FEW = Tiling(stages=7, pieces=2)  # with tiles of up to 64 rows
 
 
 def why_not(lhs, rhs, transpose_rhs: bool) -> str | None:
@@ -50,7 +47,7 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
     del group_sizes
     M, N = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
     rows = schedule.tile_rows(M, rhs.shape[0])
-    t = here(tiles or (FORWARD if rows == schedule.ROWS else FEW), lhs)
+    t = here(tiles or tilings.pick("forward", rows, lhs.shape[1]), lhs)
     spare = -M % 8  # the copy engine takes rows in eights
     table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
     weights = (COLUMNS, _STEP) if transpose_rhs else (_STEP, COLUMNS)
@@ -65,7 +62,7 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
 def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tiling | None = None):
     """(M, K), (M, N) -> (E, K, N): each group's lhsᵀ · grad."""
     (M, K), N = lhs.shape, grad.shape[1]
-    t = here(tiles or DRHS, lhs)
+    t = here(tiles or tilings.pick("drhs", _ROWS, M // max(len(group_sizes), 1)), lhs)
     spare = ((0, -M % 8), (0, 0))
     out = jax.ShapeDtypeStruct((*group_sizes.shape, K, N), out_dtype)
     body = functools.partial(_drhs_kernel, t)

@@ -48,12 +48,14 @@ def both(function, grad, *args):
 def products(case, normal, ends):
     M, E, K, N = case["product"]
     lhs, rhs, grad = normal(M, K), normal(E, K, N) * 0.02, normal(M, N)
-    return {
-        "dense": functools.partial(torch.matmul, lhs, rhs[0]),
+    three = {
         "forward": functools.partial(torch._grouped_mm, lhs, rhs, offs=ends),
         "dlhs": functools.partial(torch._grouped_mm, grad, rhs.transpose(1, 2), offs=ends),
         "drhs": functools.partial(torch._grouped_mm, lhs.t(), grad, offs=ends),
     }
+    all_three = list(three.values())
+    dense = functools.partial(torch.matmul, lhs, rhs[0])
+    return {"dense": dense, **three, "both": lambda: [run() for run in all_three]}
 
 
 def block(case, normal, ends):

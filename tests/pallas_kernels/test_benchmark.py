@@ -54,12 +54,26 @@ def test_report_by_hand():
     # 2 experts, one has all 192 rows: two tiles of 128, 0.75 real; 2 · 192 · 64 · 32 = 786432 operations in 1 µs;
     # bytes 2 · (192 · (64 + 32) + 1 · 64 · 32) = 40960
     case = {"name": "x", "ops": ["forward"], "product": (192, 2, 64, 32), "sizes": [192, 0], "launches": 1}
-    result = benchmark.report(case, {("dense", "jax"): (0.5, 0.4, 0.6), ("forward", "blocks"): (1.0, 1.0, 1.0)})
+    times = {("dense", "jax"): (0.5, 0.4, 0.6), ("forward", "blocks"): (1.0, 1.0, 1.0), ("both", "blocks"): (6.0,) * 3}
+    result = benchmark.report(case, times, 81.92)
     assert result["real_rows"] == 0.75
     ours = result["rates"][1]
     assert ours["tflops"] == pytest.approx(0.786432)
     assert ours["gbs"] == pytest.approx(40.96)
     assert ours["of_dense"] == 0.5
+    assert ours["of_copy"] == pytest.approx(0.5)
+    # three products in 6 µs, each of the dense one's 0.5
+    assert result["rates"][2]["of_dense"] == pytest.approx(0.25)
+
+
+def test_a_peer_of_this_process_is_timed_beside_ours(monkeypatch):
+    monkeypatch.setattr(benchmark.jax_products, "present", lambda: {"theirs": jax.lax.ragged_dot})
+    case = {"name": "x", "ops": ["forward", "both"], "product": (8, 2, 8, 8), "sizes": [5, 3]}
+    case |= {"launches": 2, "again": 1}
+    times = benchmark.bench(case, ["blocks", "xla", "theirs"])
+    assert set(times) == {("dense", "jax"), *((op, i) for op in case["ops"] for i in ("blocks", "xla", "theirs"))}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert benchmark.timed(case)[1:] == ["xla", "theirs"]
 
 
 @pytest.mark.parametrize(

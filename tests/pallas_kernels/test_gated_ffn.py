@@ -1,6 +1,5 @@
 """The gated feed-forward: plain products against float64, the Hopper kernels interpreted, lowered, and on a GPU."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -20,6 +19,7 @@ from pallas_kernels.combine import combine, spread
 from pallas_kernels.gated_ffn import gated_ffn, mosaic_gpu
 from pallas_kernels.grouped_matmul import group_metadata
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
+from pallas_kernels.grouped_matmul.hopper import Tiling
 
 # the interpreter multiplies poisoned rows in numpy, which says so
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow).* encountered in matmul:RuntimeWarning")
@@ -111,7 +111,7 @@ def interpreted(function, capfd):
 def test_hidden_interpreted(sizes, M, F, keep, activation, scaled, capfd):
     rows, gate, up, *_ = operands(sizes, M, 64, F)
     metadata = group_metadata(jnp.array(sizes, jnp.int32), M)
-    tiles = dataclasses.replace(products.FORWARD, blocks=2)
+    tiles = Tiling(stages=5, pieces=4, blocks=2)
     scale = jnp.linspace(-1.0, 2.0, M) if scaled else None
     got = interpreted(lambda: mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep, scale, tiles), capfd)
     group = np.repeat(np.arange(3), sizes)
@@ -133,7 +133,7 @@ def test_dlhs_interpreted(capfd):
     first, second = (jnp.asarray(rng.normal(size=(128, 64)), jnp.bfloat16) for _ in range(2))
     _, gate, up, *_ = operands(sizes, 128, 128, 64)
     metadata = group_metadata(jnp.array(sizes, jnp.int32), 128)
-    tiles = dataclasses.replace(products.FORWARD, blocks=2)
+    tiles = Tiling(stages=5, pieces=4, blocks=2)
     got = interpreted(lambda: mosaic_gpu.dlhs((first, second), (gate, up), metadata, tiles), capfd)
     real = [np.asarray(w.astype(jnp.float32), np.float64) for w in (first, second, gate, up)]
     want = np.zeros((128, 128))

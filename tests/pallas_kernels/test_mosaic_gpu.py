@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, mosaic_gpu, schedule
+from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, mosaic_gpu, schedule, tilings
+from pallas_kernels.grouped_matmul.hopper import Tiling
 
 # the interpreter multiplies poisoned rows in numpy, which says so
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow).* encountered in matmul:RuntimeWarning")
 
-TWO_BLOCKS = dataclasses.replace(mosaic_gpu.FORWARD, blocks=2), dataclasses.replace(mosaic_gpu.DRHS, blocks=2)
+TWO_BLOCKS = Tiling(stages=5, pieces=4, blocks=2), Tiling(stages=6, pieces=2, blocks=2)
 
 
 def operands(sizes, M, K, N, seed=0, dtype=jnp.bfloat16):
@@ -81,8 +82,7 @@ def test_forward(sizes, M, N, one_warp, capfd):
 @pytest.mark.parametrize("sizes", [(70, 0, 51), (128, 0, 0), (1, 2, 3)])
 def test_gradients_through_the_public_function(sizes, capfd, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, "_hopper", lambda: True)
-    monkeypatch.setattr(mosaic_gpu, "FORWARD", TWO_BLOCKS[0])
-    monkeypatch.setattr(mosaic_gpu, "DRHS", TWO_BLOCKS[1])
+    monkeypatch.setattr(tilings, "pick", lambda op, *_: TWO_BLOCKS[op == "drhs"])
     lhs, rhs, grad = operands(sizes, 128, 128, 128)
     sizes = np.array(sizes, np.int32)
 
@@ -115,7 +115,7 @@ def test_few_rows_make_small_tiles(capfd):
     sizes = np.array([3, 0, 5], np.int32)
     lhs, rhs, grad = operands(sizes, 9, 192, 192)
     metadata = group_metadata(jnp.asarray(sizes), 9)
-    tiles = dataclasses.replace(mosaic_gpu.FEW, blocks=2)
+    tiles = Tiling(stages=7, pieces=2, blocks=2)
     args = lhs, rhs, jnp.asarray(sizes), metadata, False, jnp.bfloat16, tiles
     out = interpreted(lambda: mosaic_gpu.forward(*args), capfd)
     assert_close(out, exact(lhs, rhs, grad, sizes)[0])
@@ -146,7 +146,7 @@ def test_a_weight_gradient_by_two_clusters(capfd):
     sizes = np.array([51, 0, 70], np.int32)
     lhs, rhs, grad = operands(sizes, 128, 128, 384)
     metadata = group_metadata(jnp.asarray(sizes), 128)
-    tiles = dataclasses.replace(mosaic_gpu.DRHS, blocks=4)
+    tiles = dataclasses.replace(TWO_BLOCKS[1], blocks=4)
     out = interpreted(lambda: mosaic_gpu.drhs(lhs, grad, jnp.asarray(sizes), metadata, jnp.bfloat16, tiles), capfd)
     assert_close(out, exact(lhs, rhs, grad, sizes)[2])
     assert (np.asarray(out[1].astype(jnp.float32)) == 0).all()

@@ -1,38 +1,85 @@
-"""Tuning: which candidates there are, and what wins."""
+"""Tuning: which candidates there are, what wins, and the table that keeps it."""
 
+import json
 import sys
 
+import jax
 import pytest
 
 from pallas_kernels import benchmark, tune
+from pallas_kernels.grouped_matmul import tilings
 from pallas_kernels.grouped_matmul.hopper import Tiling
 
 
+def kept(op, bucket):
+    return tilings.table("NVIDIA H200")[op][bucket]
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch):
+    """A table of its own, so that a test may write it."""
+    file = tmp_path / "tilings.json"
+    file.write_text(tilings.FILE.read_text())
+    monkeypatch.setattr(tilings, "FILE", file)
+    tilings.table.cache_clear()
+    yield file
+    tilings.table.cache_clear()
+
+
 def test_candidates_fit_and_hold_the_kept():
-    found = tune.candidates()
-    assert set(tune.KEPT.values()) <= set(found)
+    for op, buckets in tilings.BUCKETS.items():
+        for bucket in buckets:
+            assert kept(op, bucket) in tune.candidates(64 if bucket == "few rows" else 128)
     # 6 stages are 192 KiB; with four pieces for each of two warpgroups (64 KiB) they would need 256
-    assert Tiling(6, 2) in found
-    assert Tiling(6, 4) not in found
+    assert Tiling(6, 2) in tune.candidates()
+    assert Tiling(6, 4) not in tune.candidates()
+    # tiles of up to 64 rows: 24 KiB a stage, so seven fit
+    assert Tiling(7, 2) in tune.candidates(32)
+
+
+def test_buckets_by_hand():
+    assert tilings.bucket("forward", 64, 4096) == "few rows"
+    assert [tilings.bucket("forward", 128, K) for K in (768, 1024, 1408)] == ["short sums", "short sums", "long sums"]
+    cases = benchmark.cases(["drhs"], ["qwen3-30b-a3b", "olmoe-1b-7b"], "uniform")
+    # 131072 rows over 64 experts are 2048 each, over 128 experts 1024
+    assert {case["name"]: tune.place(case, "drhs")[1] for case in cases if case["name"].endswith("/up")} == {
+        "olmoe-1b-7b/up": "long sums",
+        "qwen3-30b-a3b/up": "short sums",
+    }
+
+
+def test_a_chip_without_figures_takes_the_measured_ones(own_file):
+    assert tilings.table("NVIDIA H100 80GB HBM3") == tilings.table("NVIDIA H200")
+    tilings.write("NVIDIA H100 80GB HBM3", "today", {"drhs": {"short sums": Tiling(4, 2)}})
+    assert tilings.table("NVIDIA H100 80GB HBM3")["drhs"]["short sums"] == Tiling(4, 2)
+    assert tilings.table("NVIDIA H100 80GB HBM3")["drhs"]["long sums"] == kept("drhs", "long sums")
+    assert kept("drhs", "short sums") != Tiling(4, 2)
+    assert json.loads(own_file.read_text())["NVIDIA H100 80GB HBM3"]["measured"] == "today"
 
 
 def test_summary_by_hand():
-    kept, other = tune.KEPT["forward"], Tiling(4, 4)
+    first, other = kept("forward", "long sums"), Tiling(4, 4)
     # 2 / 1 and 2 / 4: the geometric mean of 2 and 1/2 is 1
-    assert tune.summary("forward", [{kept: 2.0, other: 1.0}, {kept: 2.0, other: 4.0}])[other] == pytest.approx(1)
-    assert tune.summary("forward", [{kept: 3.0, other: 2.0}])[other] == pytest.approx(1.5)
+    assert tune.summary(first, [{first: 2.0, other: 1.0}, {first: 2.0, other: 4.0}])[other] == pytest.approx(1)
+    assert tune.summary(first, [{first: 3.0, other: 2.0}])[other] == pytest.approx(1.5)
+    assert tune.best(first, {first: 1.0, other: 1.5}) == other
+    assert tune.best(first, {first: 1.0, other: 1.02}) == first
 
 
-def test_prints_the_best_first(monkeypatch, capsys, tmp_path):
+def test_prints_the_best_first_and_writes_it(monkeypatch, capsys, tmp_path, own_file):
     times = {t: 10.0 + t.stages for t in tune.candidates()}
     monkeypatch.setattr(tune, "tune", lambda case, op: times)
+    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"device_kind": "NVIDIA H200"})])
     file = tmp_path / "tuned.json"
-    monkeypatch.setattr(sys, "argv", ["tune", "--op", "drhs", "--shape", "switch-base", "--json", str(file)])
+    argv = ["tune", "--op", "drhs", "--shape", "switch-base", "--write", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", argv)
     tune.main()
     lines = capsys.readouterr().out.splitlines()
     best = next(i for i, line in enumerate(lines) if line.startswith("drhs"))
-    assert lines[best].startswith("drhs stages 3")
+    assert lines[best].startswith("drhs, short sums, stages 3")
     assert sum("(kept)" in line for line in lines) == 1
+    assert kept("drhs", "short sums").stages == 3
+    assert kept("drhs", "long sums").stages != 3
     assert file.stat().st_size > 100
 
 
@@ -46,6 +93,14 @@ def test_unknown_op(monkeypatch, capsys):
 def test_products_are_the_kernels(monkeypatch):
     """`tune` compiles what it says: here the compiler and the clock are replaced, the kernels' tracing is not."""
     seen = []
-    monkeypatch.setattr(benchmark, "compiled", lambda f, *args: seen.append(f.args[1]) or (lambda *a: 0))
-    case = {"name": "x", "ops": ["drhs"], "product": (64, 2, 64, 64), "sizes": [40, 24], "launches": 1}
-    assert set(tune.tune(case, "drhs")) == set(tune.candidates()) == set(seen)
+
+    def trace(function, *args):
+        seen.append(function.args[1])
+        assert [out.shape for out in jax.eval_shape(function, *args)] == [(2, 64, 64)] * 2
+        return lambda *_: None
+
+    monkeypatch.setattr(benchmark, "compiled", trace)
+    monkeypatch.setattr(tune, "rounds", lambda runs, launches: dict.fromkeys(runs, (2.0, 1.0, 3.0)))
+    case = {"name": "x", "product": (64, 2, 64, 64), "sizes": [40, 24], "launches": 1, "again": 2}
+    assert set(tune.tune(case, "drhs").values()) == {1.0}
+    assert set(seen) == set(tune.candidates())

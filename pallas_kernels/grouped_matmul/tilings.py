@@ -1,0 +1,49 @@
+"""How the Hopper kernels divide shared memory: `tilings.json`, measured by `python -m pallas_kernels.tune --write`.
+
+chip -> {"measured": when and with what, op -> {bucket of shapes -> {"stages": …, "pieces": …}}}.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+
+from pallas_kernels.grouped_matmul import schedule
+from pallas_kernels.grouped_matmul.hopper import Tiling
+
+FILE = Path(__file__).with_suffix(".json")
+BUCKETS = {"forward": ("few rows", "short sums", "long sums"), "drhs": ("short sums", "long sums")}
+_MEASURED = "NVIDIA H200"  # whose tilings a chip takes that has none of its own
+_SHORT = 1024  # terms
+
+
+def bucket(op: str, rows: int, depth: int) -> str:
+    """Of BUCKETS[op]. rows: of a row tile (`schedule.tile_rows`); depth: terms of a sum, K or a mean group's rows."""
+    if op == "forward" and rows < schedule.ROWS:
+        return "few rows"
+    return "short sums" if depth <= _SHORT else "long sums"
+
+
+def pick(op: str, rows: int, depth: int) -> Tiling:
+    """The tiling of a product on this machine's chip; arguments as `bucket`'s."""
+    return table(jax.devices()[0].device_kind)[op][bucket(op, rows, depth)]
+
+
+@functools.cache
+def table(chip: str) -> dict[str, dict[str, Tiling]]:
+    """op -> bucket -> tiling."""
+    known = json.loads(FILE.read_text())
+    found = known.get(chip, known[_MEASURED])
+    return {op: {name: Tiling(**found[op][name]) for name in names} for op, names in BUCKETS.items()}
+
+
+def write(chip: str, measured: str, kept: dict[str, dict[str, Tiling]]) -> None:
+    """Puts op -> bucket -> tiling into the file, in place of what it says of those for this chip."""
+    known = json.loads(FILE.read_text())
+    found = known.get(chip, known[_MEASURED])
+    for op, tilings in kept.items():
+        fields = {name: {"stages": t.stages, "pieces": t.pieces} for name, t in tilings.items()}
+        found = found | {op: found[op] | fields}
+    FILE.write_text(json.dumps(known | {chip: found | {"measured": measured}}, indent=2) + "\n")
+    table.cache_clear()
