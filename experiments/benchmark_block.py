@@ -6,6 +6,10 @@
 A shape is D,F,E,K,T: model and expert width, experts, experts per token, tokens. bfloat16; experts drawn uniformly
 without repetition, as a balanced router would. The plan is made once, outside; beside the block stand its expert
 products alone, over rows already sorted: the difference is what gathering and combining cost.
+
+Each is timed twice: by itself, in rounds of its own, as published figures are, and in turns with all others, where a
+forward begins on a chip that a backward has heated. The bound of a forward is what the products would take at the rate
+of a dense product of the same FLOPs and the rows' bytes at the rate of a copy, both of this run.
 """
 
 import concurrent.futures
@@ -21,6 +25,7 @@ from moejax import dispatch
 from moejax.errors import UserError
 from moejax.experts import gated_ffn
 from moejax.routing import Routing
+from pallas_kernels import benchmark
 from pallas_kernels.grouped_matmul import group_metadata, pick
 from pallas_kernels.timing import rounds
 
@@ -70,6 +75,7 @@ def cases(D: int, F: int, E: int, K: int, T: int) -> dict[str, Callable[[], obje
         "products both": (both(products), (rows_grad, rows)),
     }
     args = {name: (*first, gate, up, down, plan, metadata) for name, (_, first) in calls.items()}
+    calls["dense"], args["dense"] = (jnp.matmul, ()), (rows, jnp.concatenate([gate[0], up[0], down[0].T], axis=1))
     with concurrent.futures.ThreadPoolExecutor() as pool:  # a Hopper kernel takes seconds to compile
         jobs = {name: pool.submit(compiled, calls[name][0], *args[name]) for name in calls}
         return {name: functools.partial(job.result(), *args[name]) for name, job in jobs.items()}
@@ -83,7 +89,7 @@ def rates(shape: tuple[int, ...], us: dict[str, float]) -> dict[str, float]:
     """TFLOP/s: 6·T·K·D·F forward, twice that backward, whose time is that of both less the forward's."""
     D, F, _, K, T = shape
     flops = 6.0 * T * K * D * F
-    out = {}
+    out = {"dense product": flops / us["dense"] / 1e6}
     for what in ("block", "products"):
         forward = us[f"{what} forward"]
         out[f"{what} forward"] = flops / forward / 1e6
@@ -91,7 +97,21 @@ def rates(shape: tuple[int, ...], us: dict[str, float]) -> dict[str, float]:
     return out
 
 
+def bound(shape: tuple[int, ...], dense: float, copied: float) -> float:
+    """TFLOP/s of a block's forward at `dense` TFLOP/s and, for its rows, gathered and combined, `copied` GB/s."""
+    D, F, _, K, T = shape
+    flops, moved = 6.0 * T * K * D * F, 2.0 * 2 * (T + T * K) * D
+    return flops / (flops / dense + moved * 1e3 / copied)
+
+
+def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Microseconds, in turns."""
+    return {name: median for name, (median, _, _) in rounds(calls, _REPEATS.value, launches=5).items()}
+
+
 def main() -> None:
+    copied = benchmark.copy_rate()
+    print(f"copy {copied:.0f} GB/s")
     for text in _SHAPE.value:
         try:
             D, F, E, K, T = shape = tuple(int(part) for part in text.split(","))
@@ -100,10 +120,16 @@ def main() -> None:
         implementation = pick(
             jax.ShapeDtypeStruct((T * K, D), jnp.bfloat16), jax.ShapeDtypeStruct((E, D, F), jnp.bfloat16)
         )
-        us = {name: median for name, (median, _, _) in rounds(cases(*shape), _REPEATS.value, launches=5).items()}
-        print(f"D {D}, F {F}, E {E}, K {K}, T {T}, {implementation}, {jax.devices()[0].device_kind}:")
-        for name, rate in rates(shape, us).items():
-            print(f"  {name:20}{rate:8.3g} TFLOP/s")
+        calls = cases(*shape)
+        in_turns = medians(calls)
+        alone = {name: us for name, call in calls.items() for us in medians({name: call}).values()}
+        print(f"D {D}, F {F}, E {E}, K {K}, T {T}, {implementation}, {jax.devices()[0].device_kind}: TFLOP/s")
+        print(f"  {'':20}by itself  in turns")
+        table = [rates(shape, each) for each in (alone, in_turns)]
+        for each in table:
+            each["bound of forward"] = bound(shape, each["dense product"], copied)
+        for name in table[0]:
+            print(f"  {name:20}{table[0][name]:9.3g} {table[1][name]:9.3g}", flush=True)
 
 
 if __name__ == "__main__":

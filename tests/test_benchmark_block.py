@@ -10,10 +10,18 @@ from pallas_kernels.timing import rounds
 
 def test_rates_by_hand():
     # 6 · 10 tokens · 2 experts · 100 · 50 = 600000 operations; 2 µs forward; backward 8 - 2 = 6 µs for twice as many
-    us = {"block forward": 2.0, "block both": 8.0, "products forward": 1.0, "products both": 4.0}
+    us = {"block forward": 2.0, "block both": 8.0, "products forward": 1.0, "products both": 4.0, "dense": 0.5}
     assert benchmark_block.rates((100, 50, 4, 2, 10), us) == pytest.approx(
-        {"block forward": 0.3, "block backward": 0.2, "products forward": 0.6, "products backward": 0.4}
+        {
+            "dense product": 1.2,
+            "block forward": 0.3,
+            "block backward": 0.2,
+            "products forward": 0.6,
+            "products backward": 0.4,
+        }
     )
+    # half a microsecond for the products; 10 tokens and 20 rows of 200 bytes, read and written: 12 kB, 0.5 µs at 24 GB/s
+    assert benchmark_block.bound((100, 50, 4, 2, 10), 1.2, 24.0) == pytest.approx(0.6)
 
 
 def test_cases_compute_the_block():
@@ -30,4 +38,5 @@ def test_cases_compute_the_block():
     np.testing.assert_array_equal(again.astype(jnp.float32), out.astype(jnp.float32))
     assert [g.shape for g in gradients] == [(12, 16), (4, 16, 8), (4, 16, 8), (4, 8, 16)]
     assert all(jnp.isfinite(g.astype(jnp.float32)).all() for g in gradients)
+    assert runs["dense"]().shape == (24, 24)  # of as many operations as all three products
     assert set(rounds(runs, repeats=1)) == set(runs)
