@@ -20,7 +20,7 @@ def test_rates_by_hand():
             "products backward": 0.4,
         }
     )
-    # half a microsecond for the products; 10 tokens and 20 rows of 200 bytes, read and written: 12 kB, 0.5 µs at 24 GB/s
+    # half a microsecond for the products; 10 tokens and 20 rows of 200 bytes, twice: 12 kB, half a one at 24 GB/s
     assert benchmark_block.bound((100, 50, 4, 2, 10), 1.2, 24.0) == pytest.approx(0.6)
 
 
