@@ -70,14 +70,14 @@ def _hidden_kernel(
         return (column * 2 + lax.axis_index("pair")) * _HALF
 
     def load(tile, k, slot, barrier):
-        group, row, _, stop, column = tile
+        group, row, _, stop, column, _ = tile
         step, wide = pl.ds(k * _STEP, _STEP), pl.ds(first_column(column), _HALF)
         hopper.load_rows(rows, row * 8, step, box, stop, a.at[slot], barrier)
         plgpu.copy_gmem_to_smem(gate.at[group, step, wide], b.at[slot], barrier)
         plgpu.copy_gmem_to_smem(up.at[group, step, wide], c.at[slot], barrier)
 
     def compute(wg, tile, accumulate):
-        _, row, start, stop, column = tile
+        _, row, start, stop, column, _ = tile
 
         def operands(_, slot):
             turned = a.at[slot].transpose((1, 0))
@@ -118,31 +118,41 @@ def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, st
     E, D, F = gate.shape
     depth, columns = F // _STEP, pl.cdiv(D, 2 * COLUMNS)
     box = hopper.box(dgate.shape[0], E)
-    info = hopper.walk_rows(tiles, columns)
+    turns, whole = hopper.in_halves(count[0] * columns, tiles.shape[0] * columns, D, t)
+    info = hopper.walk_rows(tiles, columns, whole)
 
     def load(tile, k, slot, barrier):
-        group, row, _, stop, column = tile
+        group, row, _, stop, column, half = tile
 
         def take(rows, weights, k):
-            step, wide = pl.ds(k * _STEP, _STEP), pl.ds(hopper.first_column(column), COLUMNS)
+            step = pl.ds(k * _STEP, _STEP)
             hopper.load_rows(rows, row * 8, step, box, stop, a.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(weights.at[group, wide, step], b.at[slot], barrier)
+
+            def some(first, width):
+                target = b.at[slot, pl.ds(0, width)]
+                plgpu.copy_gmem_to_smem(weights.at[group, pl.ds(first, width), step], target, barrier)
+
+            hopper.place_columns(column, half, D, some)
 
         pl.when(k < depth)(lambda: take(dgate, gate, k))
         pl.when(k >= depth)(lambda: take(dup, up, k - depth))
 
     def compute(wg, tile, accumulate):
-        _, row, start, stop, column = tile
+        _, row, start, stop, column, half = tile
 
-        def store(acc):
-            at = row * 8, hopper.first_column(column)
-            hopper.store_rows(acc.astype(out.dtype), out, at, start, stop, *staging[wg])
+        def multiply(first, width):
+            def store(acc):
+                hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *staging[wg])
 
-        accumulate(lambda _, slot: ((a.at[slot], b.at[slot].transpose((1, 0))),), store)
+            def operands(_, slot):
+                return ((a.at[slot], b.at[slot, pl.ds(0, width)].transpose((1, 0))),)
+
+            accumulate(operands, store, ((a.shape[1], width),))
+
+        hopper.place_columns(column, half, D, multiply)
 
     steps = lambda tile: jnp.where(tile[0] < E, 2 * depth, 0)  # noqa: E731
-    sums = ((a.shape[1], COLUMNS),)
-    hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free, sums)
+    hopper.pipeline(t, turns, info, steps, load, compute, ready, free)
 
 
 def _table(metadata: GroupMetadata, M):

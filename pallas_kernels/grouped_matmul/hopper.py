@@ -15,6 +15,7 @@ STEP = 64  # of the summed dimension, a stage
 _SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 _BLOCKS = 132  # streaming multiprocessors of an H100 or H200
 COLUMNS = 128  # of one block's tile; a cluster's two blocks have neighbouring ones
+_ROUNDS = 32  # of tiles, up to which half of the last one counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
 
     approximate: the hardware's own exponentials and logarithms, good to two units in float32's last place.
 
-    operands: name -> shape of what a stage of the ring holds, a copy each; `body` gets them by name.
+    operands: name -> shape of what a stage of the ring holds, a copy each, or several shapes of one size, views of one
+    memory; `body` gets them by name.
     """
     out_dtype = jax.tree.leaves(out)[0].dtype
     piece = 128 // out_dtype.itemsize  # columns
@@ -44,6 +46,12 @@ def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
     staging = plgpu.RefUnion(
         plgpu.SMEM((t.pieces, 64, piece), out_dtype, transforms=swizzled), plgpu.SMEM((64, piece), out_dtype)
     )
+
+
+    def ring(*shapes):
+        views = [plgpu.SMEM((t.stages, *shape), dtype, transforms=_SWIZZLED) for shape in shapes]
+        return views[0] if len(views) == 1 else plgpu.RefUnion(*views)
+
     return plgpu.kernel(
         body,
         out_type=out,
@@ -55,7 +63,7 @@ def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
         thread_name="warpgroup",
         kernel_name=name,
         scratch_types={
-            **{n: plgpu.SMEM((t.stages, *shape), dtype, transforms=_SWIZZLED) for n, shape in operands.items()},
+            **{n: ring(*s) if isinstance(s[0], tuple) else ring(s) for n, s in operands.items()},
             "staging": (staging, staging),
             "ready": plgpu.Barrier(num_arrivals=len(operands), num_barriers=2 * t.stages),
             "free": plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=1, num_barriers=t.stages),
@@ -146,18 +154,20 @@ def pipeline(
     lax.cond(wg == 2, producer, lambda: lax.cond(wg == 0, lambda: consumer(0), lambda: consumer(1)))
 
 
-def walk_rows(tiles, columns: int):
+def walk_rows(tiles, columns: int, whole=None):
     """`info` of `pipeline` over the row tiles (T, 6) of `schedule.row_tiles` times `columns` of columns.
 
-    A tile's scalars: group, first row / 8, the first and the last + 1 of its rows that count, column.
+    A tile's scalars: group, first row / 8, the first and the last + 1 of its rows that count, column, half: 0, or 1 or
+    2 where turns from `whole` on are halves of a tile (`schedule.halves`).
     """
     last = tiles.shape[0] - 1
 
     def info(lin):
+        lin, half = (lin, jnp.int32(0)) if whole is None else schedule.half_of(lin, whole)
         some = jnp.minimum(lax.div(lin, jnp.int32(columns)), last)
         tile, column = schedule.place(lin, tiles[some, 4], tiles[some, 5], columns)
         tile = jnp.minimum(tile, last)
-        return tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3], column
+        return tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3], column, half
 
     return info
 
@@ -191,13 +201,27 @@ def first_column(column, width=COLUMNS):
     return column * (2 * COLUMNS) + lax.axis_index("pair") * width
 
 
-def place_columns(column, N: int, body):
-    """body(first column, width) of this block's tile; the two blocks share what is left for the last pair of N."""
-    if N % (2 * COLUMNS) not in (COLUMNS // 2, COLUMNS):
+def in_halves(count, most: int, N: int, t: Tiling):
+    """`schedule.halves` of `count` tiles, of `most` that there may be; a half is 64 columns of each block.
+
+    None where N isn't whole pairs of tiles, or where a last round is too little to compile another product for.
+    """
+    clusters = t.blocks // 2
+    if N % (2 * COLUMNS) or most > _ROUNDS * clusters:
+        return count, None
+    return schedule.halves(count, clusters)
+
+
+def place_columns(column, half, N: int, body):
+    """body(first column, width) of this block's tile, or of its share of a half; the two blocks share what is left for
+    the last pair of N."""
+    narrow = COLUMNS // 2
+    last, rest = divmod(N, 2 * COLUMNS)
+    if rest not in (0, narrow, COLUMNS):
         return body(first_column(column), COLUMNS)
-    last = N // (2 * COLUMNS)
-    pl.when(column == last)(lambda: body(first_column(column, COLUMNS // 2), COLUMNS // 2))
-    pl.when(column < last)(lambda: body(first_column(column), COLUMNS))
+    some, all_of_it = (column == last, column < last) if rest else (half > 0, half == 0)
+    pl.when(some)(lambda: body(first_column(column, narrow) + jnp.maximum(half - 1, 0) * COLUMNS, narrow))
+    pl.when(all_of_it)(lambda: body(first_column(column), COLUMNS))
 
 
 def store_whole(acc, out, at, stages, turn, turned=False):

@@ -50,7 +50,8 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
     t = here(tiles or tilings.pick("forward", rows, lhs.shape[1]), lhs)
     spare = -M % 8  # the copy engine takes rows in eights
     table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
-    weights = (COLUMNS, _STEP) if transpose_rhs else (_STEP, COLUMNS)
+    # 64 columns alone lie otherwise than 64 of 128
+    weights = ((COLUMNS, _STEP),) if transpose_rhs else ((_STEP, COLUMNS), (2, _STEP, COLUMNS // 2))
     out = jax.ShapeDtypeStruct((hopper.stored_rows(M), N), out_dtype)
     body = functools.partial(_forward_kernel, t, transpose_rhs)
     stage = {"a": (max(rows, 64), _STEP), "b": weights}
@@ -82,40 +83,43 @@ def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a,
     columns = pl.cdiv(N, 2 * COLUMNS)
     # few rows are all that is loaded; a product reads 64 for them, and what it makes of the others is not stored
     box = hopper.box(lhs.shape[0], E)
-    info = hopper.walk_rows(tiles, columns)
+    turns, whole = hopper.in_halves(count[0] * columns, tiles.shape[0] * columns, N, t)
+    info = hopper.walk_rows(tiles, columns, whole)
+
+    def stage(slot, width):
+        """Of weights, as they lie in rhs."""
+        if transpose_rhs:
+            return b.at[slot, pl.ds(0, width)]
+        return b[0].at[slot] if width == COLUMNS else b[1].at[slot, 0]
 
     def load(tile, k, slot, barrier):
-        group, row, _, stop, column = tile
+        group, row, _, stop, column, half = tile
         step = pl.ds(k * _STEP, _STEP)
         hopper.load_rows(lhs, row * 8, step, box, stop, a.at[slot], barrier)
 
         def weights(first, width):
-            if transpose_rhs:
-                block, target = rhs.at[group, pl.ds(first, width), step], b.at[slot, pl.ds(0, width)]
-            else:  # all columns, whatever the width: a narrower target would not be contiguous
-                block, target = rhs.at[group, step, pl.ds(first, COLUMNS)], b.at[slot]
-            plgpu.copy_gmem_to_smem(block, target, barrier)
+            at = (pl.ds(first, width), step) if transpose_rhs else (step, pl.ds(first, width))
+            plgpu.copy_gmem_to_smem(rhs.at[group, *at], stage(slot, width), barrier)
 
-        hopper.place_columns(column, N, weights)
+        hopper.place_columns(column, half, N, weights)
 
     def compute(wg, tile, accumulate):
-        _, row, start, stop, column = tile
+        _, row, start, stop, column, half = tile
 
         def multiply(first, width):
             def operands(_, slot):
-                if transpose_rhs:
-                    return ((a.at[slot], b.at[slot, pl.ds(0, width)].transpose((1, 0))),)
-                return ((a.at[slot], b.at[slot, :, pl.ds(0, width)]),)
+                weights = stage(slot, width)
+                return ((a.at[slot], weights.transpose((1, 0)) if transpose_rhs else weights),)
 
             def store(acc):
                 hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *staging[wg])
 
             accumulate(operands, store, ((a.shape[1], width),))
 
-        hopper.place_columns(column, N, multiply)
+        hopper.place_columns(column, half, N, multiply)
 
     steps = lambda tile: jnp.where(tile[0] < E, depth, 0)  # noqa: E731
-    hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free)
+    hopper.pipeline(t, turns, info, steps, load, compute, ready, free)
 
 
 def _drhs_kernel(t: Tiling, by_size, starts, ends, lhs, grad, out, *, a, b, staging, ready, free):

@@ -78,6 +78,23 @@ def turns(count, nth, clusters: int):
     return rounds + (nth(rounds) < count).astype(jnp.int32)
 
 
+def halves(count, clusters: int):
+    """(turns, whole): how many turns the clusters take at `count` tiles, and from which on a turn is half a tile.
+
+    A last round that would leave half the clusters and more without a tile is taken in halves, two clusters a tile.
+    """
+    rest = lax.rem(count, jnp.int32(clusters))
+    split = jnp.where(2 * rest <= clusters, rest, 0)
+    return count + split, count - split
+
+
+def half_of(lin, whole):
+    """(tile, half) of a turn: half 0 is all of the tile, 1 and 2 its first and second half."""
+    late = jnp.maximum(lin - whole, 0)
+    tile = jnp.where(lin < whole, lin, whole + lax.div(late, jnp.int32(2)))
+    return tile, jnp.where(lin < whole, 0, 1 + lax.rem(late, jnp.int32(2)))
+
+
 def place(lin, sweep, size, columns: int):
     """(tile, column) of the linear index `lin` within its sweep: down the rows first, then on to the next column."""
     within = lin - sweep * columns

@@ -127,16 +127,16 @@ def test_hidden_interpreted(sizes, M, F, keep, activation, scaled, capfd):
     assert all((np.asarray(x[sum(sizes) :].astype(jnp.float32)) == 0).all() for x in got)
 
 
-def test_dlhs_interpreted(capfd):
-    sizes = (70, 0, 51)
+@pytest.mark.parametrize("sizes, D, blocks", [((70, 0, 51), 128, 2), ((70, 10, 48), 256, 4)])  # the last in halves
+def test_dlhs_interpreted(sizes, D, blocks, capfd):
     rng = np.random.default_rng(0)
     first, second = (jnp.asarray(rng.normal(size=(128, 64)), jnp.bfloat16) for _ in range(2))
-    _, gate, up, *_ = operands(sizes, 128, 128, 64)
+    _, gate, up, *_ = operands(sizes, 128, D, 64)
     metadata = group_metadata(jnp.array(sizes, jnp.int32), 128)
-    tiles = Tiling(stages=5, pieces=4, blocks=2)
+    tiles = Tiling(stages=5, pieces=4, blocks=blocks)
     got = interpreted(lambda: mosaic_gpu.dlhs((first, second), (gate, up), metadata, tiles), capfd)
     real = [np.asarray(w.astype(jnp.float32), np.float64) for w in (first, second, gate, up)]
-    want = np.zeros((128, 128))
+    want = np.zeros((128, D))
     for i, g in enumerate(np.repeat(np.arange(3), sizes)):
         want[i] = real[0][i] @ real[2][g].T + real[1][i] @ real[3][g].T
     assert_close([got], [want], 3e-3)
