@@ -11,6 +11,7 @@ PATH is an interpreter that has torch and transformers: there an OLMoE of the co
 tokens, bfloat16 throughout, without router losses, with grouped experts, compiled on a GPU.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -68,6 +69,14 @@ def cases(config: Config, names: list[str]) -> dict[str, Config]:
         there = ", ".join(found) + " of this config"
         raise UserError(f"--routing={','.join(names)}: {sorted(unknown)[0]!r} is not among {there}")
     return {name: case for name, case in found.items() if name in (names or found)}
+
+
+def prepared(name: str, config: Config) -> Step:
+    """The compiled step, and on stderr how long that took beside the others."""
+    start = time.perf_counter()
+    step = Step(config, config.data.batch_size, config.data.sequence_length, _DOCUMENTS.value)
+    print(f"{name}: compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return step
 
 
 def report(config: Config, seconds: dict[str, float], step: Step) -> None:
@@ -136,15 +145,14 @@ def main() -> None:
         # Before anything of ours is on the device: jax doesn't give a GPU's memory back.
         theirs = peer(_PEER_PYTHON.value, config, _REPEATS.value)
         print(f"transformers: {theirs['seconds'] * 1e3:.1f} ms", file=sys.stderr, flush=True)
-    seconds, step = {}, None
-    for name, case in todo.items():
-        step = None  # two states may not fit
-        start = time.perf_counter()
-        step = Step(case, case.data.batch_size, case.data.sequence_length, _DOCUMENTS.value)
-        print(f"{name}: compiled and ready in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        steps = dict(zip(todo, pool.map(prepared, todo, todo.values()), strict=True))
+    seconds = {}
+    for name, step in steps.items():
         seconds[name] = timing.rounds({name: step}, _REPEATS.value)[name][0] / 1e6
         print(f"{name}: {seconds[name] * 1e3:.1f} ms", file=sys.stderr, flush=True)
-    assert step is not None
+        if name != list(steps)[-1]:
+            step.stop()  # two states may not fit
     report(config, seconds, step)
     if theirs is not None:
         report_peer(theirs, config, seconds)

@@ -1,6 +1,7 @@
 """A training step on random tokens, compiled and ready to be timed: what the benchmarks share."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from moejax import memory, optimizer, sharding
 from moejax.config import Config
 from moejax.models.lm import LM
-from moejax.train_step import compiled_step, create, state_shardings, to_devices
+from moejax.train_step import TrainState, compiled_step, create, init, state_shardings, to_devices
 
 
 def random_batch(vocab_size: int, batch: int, length: int, documents: int = 1) -> dict[str, Any]:
@@ -30,24 +31,35 @@ def random_batch(vocab_size: int, batch: int, length: int, documents: int = 1) -
 
 
 class Step:
-    """The compiled step of a new research LM on one `random_batch`; each call takes the next step."""
+    """The compiled step of a new research LM on one `random_batch`; each call takes the next step.
+
+    The first call makes the state, so that steps can be compiled side by side; `stop` lets it go.
+    """
 
     def __init__(self, config: Config, batch: int, length: int, documents: int = 1):
         self.mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
-        model, tx = LM(config.model), optimizer.make(config.optimizer)
-        shardings = state_shardings(model, tx, self.mesh)
+        self._model, self._tx, self._seed = LM(config.model), optimizer.make(config.optimizer), config.seed
+        shardings = state_shardings(self._model, self._tx, self.mesh)
         assert config.model.vocab_size is not None
         with jax.set_mesh(self.mesh):
             rows = random_batch(config.model.vocab_size, batch, length, documents)
             self._batch = to_devices(rows, sharding.batch_sharding(self.mesh))
-            self._state = create(model, tx, self.mesh, config.seed)
-            self.compiled = compiled_step(model, tx, config, shardings).lower(self._state, self._batch).compile()
-        gradients = memory.of_state(self._state.params, shardings.params)
+            shapes = jax.eval_shape(functools.partial(init, self._model, self._tx), jax.random.key(0))
+            state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+            step = compiled_step(self._model, self._tx, config, shardings)
+            self.compiled = step.lower(state, self._batch).compile()
+        gradients = memory.of_state(state.params, shardings.params)
         memory.check_step(self.compiled, gradients, memory.limit(), config, sharding.batch_shards(self.mesh))
+        self._state: TrainState | None = None
 
     def __call__(self) -> object:
-        self._state, metrics = self.compiled(self._state, self._batch)
+        with jax.set_mesh(self.mesh):
+            state = self._state or create(self._model, self._tx, self.mesh, self._seed)
+        self._state, metrics = self.compiled(state, self._batch)
         return self._state, metrics
+
+    def stop(self) -> None:
+        self._state = None
 
     def bytes(self) -> int:
         """What the step needs on one device, by the compiler's account."""
