@@ -42,7 +42,11 @@ DECODE = {
     f"{name}-decode-{T}": dataclasses.replace(TRAINING[name], T=T)
     for name in ("mixtral-8x7b", "olmoe-1b-7b", "deepseekmoe-16b", "qwen3-30b-a3b")
     for T in (1, 8, 64, 256)
-} | {f"deepseek-v3-ep8-decode-{T}": dataclasses.replace(TRAINING["deepseek-v3-ep8"], T=8 * T) for T in (8, 64, 256)}
+} | {
+    f"{name}-decode-{T}": dataclasses.replace(TRAINING[name], T=8 * T)  # T on each of eight devices
+    for name in ("deepseek-v3-ep8", "kimi-k2-ep8")
+    for T in (1, 8, 64, 256)
+}
 
 SIZES = ("uniform", "dirichlet", "zipf", "one_hot", "quarter_empty")
 

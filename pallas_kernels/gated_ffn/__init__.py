@@ -50,15 +50,15 @@ def gated_ffn(
         raise ValueError(f"gated_ffn: scale must be float32 ({rows.shape[0]},); got {scale.dtype}{list(scale.shape)}")
     name = named(implementation, rows, gate) if implementation else pick(rows, gate)
     metadata = metadata or group_metadata(group_sizes, rows.shape[0])
-    product = functools.partial(
-        grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation
-    )
     if name == "mosaic_gpu" and rows.shape[0]:
-        hidden = _hidden(activation, *vary_alike(rows, gate, up, scale, group_sizes, metadata))
+        out = _block(activation, *vary_alike(rows, gate, up, down, scale, group_sizes, metadata))
     else:
+        product = functools.partial(
+            grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation
+        )
         a, b = (checkpoint_name(product(rows, weights), "experts") for weights in (gate, up))
-        hidden = _gated(activation, a, b, scale)
-    return checkpoint_name(product(hidden, down), "experts")
+        out = product(_gated(activation, a, b, scale), down)
+    return checkpoint_name(out, "experts")
 
 
 def _check(rows, gate, up, down, group_sizes, activation) -> None:
@@ -87,23 +87,30 @@ def _gated(activation, a, b, scale):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _hidden(activation, rows, gate, up, scale, group_sizes, metadata):
-    return mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=False, scale=scale)[0]
+def _block(activation, rows, gate, up, down, scale, group_sizes, metadata):
+    (hidden,) = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=False, scale=scale)
+    return products.forward(hidden, down, group_sizes, metadata, False, rows.dtype)
 
 
-def _hidden_forward(activation, rows, gate, up, scale, group_sizes, metadata):
-    kept = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True, scale=scale)
-    hidden, a, b = (checkpoint_name(x, "experts") for x in kept)
-    return hidden, (rows, gate, up, scale, group_sizes, metadata, a, b)
+def _block_forward(activation, rows, gate, up, down, scale, group_sizes, metadata):
+    hidden, *kept = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True, scale=scale)
+    a, b = (checkpoint_name(x, "experts") for x in kept)
+    out = products.forward(hidden, down, group_sizes, metadata, False, rows.dtype)
+    return out, (rows, gate, up, down, scale, group_sizes, metadata, a, b)
 
 
-def _hidden_backward(activation, residuals, grad):
-    rows, gate, up, scale, group_sizes, metadata, a, b = residuals
-    _, pull = jax.vjp(functools.partial(_gated, activation), a, b, scale)
-    *grads, dscale = pull(grad.astype(a.dtype))  # one elementwise pass over five arrays of (M, F)
+def _block_backward(activation, residuals, grad):
+    rows, gate, up, down, scale, group_sizes, metadata, a, b = residuals
+    grad = grad.astype(rows.dtype)
+    dhidden = products.forward(grad, down, group_sizes, metadata, True, rows.dtype)
+    # What went into down isn't kept: the elementwise pass that has a and b at hand gives it again.
+    hidden, pull = jax.vjp(functools.partial(_gated, activation), a, b, scale)
+    *grads, dscale = pull(dhidden)  # with hidden six arrays of (M, F)
+    weight_gradient = functools.partial(products.drhs, group_sizes=group_sizes, metadata=metadata, out_dtype=gate.dtype)
+    ddown = weight_gradient(hidden, grad)
     drows = mosaic_gpu.dlhs(grads, (gate, up), metadata)
-    dgate, dup = (products.drhs(rows, grad, group_sizes, metadata, gate.dtype) for grad in grads)
-    return drows, dgate, dup, dscale, None, None
+    dgate, dup = (weight_gradient(rows, each) for each in grads)
+    return drows, dgate, dup, ddown, dscale, None, None
 
 
-_hidden.defvjp(_hidden_forward, _hidden_backward)
+_block.defvjp(_block_forward, _block_backward)

@@ -199,7 +199,7 @@ def _fit(M: int, E: int, wide: int, row_bytes: int, used, vmem: int, deep: bool 
         if keep > 0 and not (deep and wide % width):
             fits.append(Tiling(rows, width, keep, deep))
     fits = [t for t in fits if t.width > LANES] or fits  # the narrowest leaves a multiply unit half empty
-    for share in (4, 2, 1):  # groups are uneven: room for four times the mean group if there is
+    for share in (4, 2):  # groups are uneven: room for four times the mean group if there is, or else for the most rows
         for t in fits:
             if t.keep * t.rows >= min(share * M // E, M):
                 return t

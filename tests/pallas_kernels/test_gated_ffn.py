@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.combine import combine, spread
 from pallas_kernels.gated_ffn import gated_ffn, mosaic_gpu
-from pallas_kernels.grouped_matmul import group_metadata
+from pallas_kernels.grouped_matmul import group_metadata, tilings
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.grouped_matmul.hopper import Tiling
 
@@ -140,6 +140,21 @@ def test_dlhs_interpreted(sizes, D, blocks, capfd):
     for i, g in enumerate(np.repeat(np.arange(3), sizes)):
         want[i] = real[0][i] @ real[2][g].T + real[1][i] @ real[3][g].T
     assert_close([got], [want], 3e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_block_interpreted(scaled, capfd, monkeypatch):
+    """The value and all gradients, through the public function."""
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+    monkeypatch.setattr(tilings, "pick", lambda op, *_: Tiling(stages=5, pieces=2, blocks=2))
+    sizes = np.array([20, 0, 37], np.int32)
+    args = operands(sizes, 64, 64, 64)
+    scale = jnp.linspace(0.1, 1.0, 64) if scaled else None
+    got = interpreted(
+        lambda: value_and_gradients.__wrapped__(*args, jnp.asarray(sizes), "silu", "mosaic_gpu", scale), capfd
+    )
+    assert_close(got, exact(*args, sizes, "silu", scale), 6e-3)
 
 
 def test_the_hopper_kernels_lower():
