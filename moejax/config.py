@@ -75,7 +75,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "float32"  # of the compute; the router's is float32
     param_dtype: Literal["bfloat16", "float32"] = "float32"  # of parameters and of the optimizer's moments
     attention_implementation: str | None = None  # of attention.attend; None: the fastest that runs here
-    scan_layers: bool = True  # False: layers are unrolled (same values, longer compile)
+    scan_layers: bool = True  # False: layer by layer, an array each (same values, longer compile, less memory)
     remat: Literal["none", "full", "dots"] = "none"  # dots: keep what products and attention give
 
 

@@ -9,18 +9,18 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-import jax
 import numpy as np
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.errors import UserError
 from moejax.models import deepseek, family, qwen3_moe
-from moejax.models.lm import layer_plan
+from moejax.models.lm import layer_by_layer, layer_name, stacks
 from moejax.rope import Rope
 
 
 def as_published(config: ModelConfig, params: Mapping[str, Any]) -> tuple[family.Family, Any, dict[str, Any]]:
-    """(family, config, variables) of the published model with the same logits; params are the LM's, layers stacked.
+    """(family, config, variables) of the published model with the same logits; params are the LM's, layers stacked or
+    one by one.
 
     Raises:
       UserError: the config is no case of a family; every reason is named.
@@ -78,12 +78,14 @@ def _normalised(moe: MoEConfig) -> bool:
 
 def _layers(config: ModelConfig, params: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parameters of each layer, from first to last."""
-    dense, periods = layer_plan(config)
-    layers = [jax.tree.map(lambda a, i=i: np.asarray(a[i]), params["dense_layers"]) for i in range(dense)]
-    for period in range(periods):
-        stack = jax.tree.map(lambda a, i=period: np.asarray(a[i]), params["layers"])
-        layers += [stack] if config.moe_every == 1 else [stack[f"block_{i}"] for i in range(config.moe_every)]
-    return layers
+    found = []
+    for name, count, sparse in stacks(config):
+        if layer_name(0) not in params[name]:
+            params = layer_by_layer(config, dict(params), lambda a, i: np.asarray(a[i]))
+        for layer in (params[name][layer_name(i)] for i in range(count)):
+            periodic = sparse and config.moe_every > 1
+            found += [layer[f"block_{i}"] for i in range(config.moe_every)] if periodic else [layer]
+    return found
 
 
 def _qwen3(config: ModelConfig, moe: MoEConfig, dense: tuple[int, ...]) -> qwen3_moe.Qwen3MoeConfig:

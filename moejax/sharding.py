@@ -200,6 +200,12 @@ def shardings(mesh: Mesh, boxed) -> dict:
     )
 
 
+def of_slice(stack: NamedSharding, i: int) -> NamedSharding:
+    """Of the i-th array, whichever that is, of a stack of them."""
+    del i
+    return NamedSharding(stack.mesh, PartitionSpec(*stack.spec[1:]))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds all of it."""
     return NamedSharding(mesh, PartitionSpec())

@@ -54,9 +54,10 @@ def init(model: nn.Module, tx: optax.GradientTransformation, key: jax.Array) -> 
     """The state before the first step."""
     # What layers sow says how many there are; the values are not used, and so not computed.
     variables = nn.unbox(model.init(key, jnp.zeros(PROBE, jnp.int32), mutable=True))
-    router_state = variables.get("router_state", {})
+    router_state = arranged(model, variables.get("router_state", {}))
     tallies = layer_tallies(variables.get("intermediates", {}))
     params = jax.tree.map(lambda p: p.astype(model.param_dtype), variables["params"])  # type: ignore[attr-defined]
+    params = arranged(model, params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -66,11 +67,16 @@ def init(model: nn.Module, tx: optax.GradientTransformation, key: jax.Array) -> 
     )
 
 
+def arranged(model: nn.Module, tree: Any, *take: Any) -> Any:
+    """A collection of the model's `init` as training keeps it: the research LM says how, families keep it as it is."""
+    return model.arranged(tree, *take) if hasattr(model, "arranged") else tree
+
+
 def state_shardings(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
     """A TrainState of NamedShardings: parameters by their logical axes, moments like their parameters."""
     key = jax.random.key(0)
     boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros(PROBE, jnp.int32)), key)
-    of_params = sharding.shardings(mesh, boxed["params"])
+    of_params = arranged(model, sharding.shardings(mesh, boxed["params"]), sharding.of_slice)
     state = jax.eval_shape(functools.partial(init, model, tx), key)
     shapes = jax.tree_util.tree_flatten_with_path(state.params)[0]
     known = {path: (leaf.shape, place) for (path, leaf), place in zip(shapes, jax.tree.leaves(of_params), strict=True)}

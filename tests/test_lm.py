@@ -1,6 +1,7 @@
 """The research LM: what it may see, and that its ways of running agree."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -91,18 +92,47 @@ def test_padding_changes_nothing(name):
 
 
 @pytest.mark.parametrize("fields", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}], ids=str)
-def test_unrolled_and_rematerialised_equal_scanned(fields):
+def test_rematerialised_and_other_ways_to_keep_layers_equal_scanned(fields):
+    """With parameters as `init` makes them, stacked."""
     batch = small.batch(rows=2)
     scanned, other = small.outputs("aux_free", batch), small.outputs("aux_free", batch, **fields)
     assert small.largest_difference(scanned, other) < 1e-5
 
 
-def test_unrolled_as_on_a_gpu_equals_scanned(monkeypatch):
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_layer_by_layer_equals_scanned(remat, monkeypatch):
+    """Values, losses, gradients and statistics; as on a GPU, in lookups without scatters, with `dots`."""
     batch = small.batch(rows=2)
     scanned = small.outputs("aux_free", batch)
-    monkeypatch.setattr(sharding, "platform", lambda: "gpu")  # lookups without scatters
-    other = small.outputs("aux_free", batch, scan_layers=False, remat="dots")
-    assert small.largest_difference(scanned, other) < 1e-5
+    if remat == "dots":
+        monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    model, variables = small.initialised("aux_free")
+    config = dataclasses.replace(model.config, scan_layers=False, remat=remat)
+    split = {name: LM(config).arranged(tree) for name, tree in variables.items()}
+    assert set(split["params"]["layers"]) == {"layer_0", "layer_1"}
+    arrays = {key: batch[key] for key in ("tokens", "positions", "segment_ids")}
+    weight, rest = np.ones((2, 16), np.float32), {"router_state": split["router_state"]}
+    other = jax.tree.map(np.asarray, small.program(config)(split["params"], rest, arrays, weight))
+    tallies = [each.pop("changed")["intermediates"] for each in (scanned, other)]
+    assert small.largest_difference(*tallies) < 1e-5
+    assert small.largest_difference(scanned | {"grads": LM(config).arranged(scanned["grads"])}, other) < 1e-5
+
+
+def test_layers_of_two_kinds_one_by_one():
+    """A dense layer, then two periods of a dense and a sparse one."""
+    moe = small.ROUTERS["aux_free"]
+    config = small.model_config(moe, num_layers=5, first_dense_layers=1, moe_every=2)
+    apart = LM(dataclasses.replace(config, scan_layers=False))
+    tokens = small.batch(rows=2)["tokens"]
+    variables = nn.unbox(jax.jit(LM(config).init)(jax.random.key(0), tokens))
+    split = {name: apart.arranged(tree) for name, tree in variables.items()}
+    assert list(split["router_state"]["layers"]) == ["layer_0", "layer_1"]
+    assert split["params"]["dense_layers"]["layer_0"]["ffn"]["gate"].shape == (32, 32)
+    assert split["params"]["layers"]["layer_1"]["block_1"]["moe"]["gate"].shape == (8, 32, 16)
+    found, losses = jax.jit(functools.partial(apart.apply, return_losses=True))(split, tokens)
+    wanted, same = jax.jit(functools.partial(LM(config).apply, return_losses=True))(variables, tokens)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert small.largest_difference(losses, same) < 1e-5
 
 
 def test_router_learns_when_one_expert_is_chosen():

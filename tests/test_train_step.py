@@ -283,7 +283,8 @@ def test_bfloat16_parameters_start_as_the_rounded_float32_ones(scanned):
     wide = small.model_config(small.ROUTERS["switch"])
     narrow = dataclasses.replace(wide, param_dtype="bfloat16", scan_layers=scanned)
     tx, key = optimizer.make(small.config().optimizer), jax.random.key(0)
-    expected = jax.tree.map(lambda p: p.astype(jnp.bfloat16), train_step.init(LM(wide), tx, key).params)
+    wide = LM(dataclasses.replace(wide, scan_layers=scanned))
+    expected = jax.tree.map(lambda p: p.astype(jnp.bfloat16), train_step.init(wide, tx, key).params)
     found = train_step.init(LM(narrow), tx, key).params
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -1,9 +1,10 @@
-"""The research LM: a pre-norm decoder whose FFNs are dense or sparse, scanned over layers.
+"""The research LM: a pre-norm decoder whose FFNs are dense or sparse, scanned over layers or layer by layer.
 
 Layers: `first_dense_layers` dense ones, then periods of `moe_every` blocks of which the last is sparse.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -80,7 +81,8 @@ class LM(nn.Module):
     capacity, "evaluate" is deterministic, "generate" never drops. `cache_length` M > 0 reads and writes keys and values
     in the collection `cache`. `logits_at` (B,) int asks for the logits (B, 1, V) of one place of each row alone;
     `targets` (B, L) int and `mask` (B, L) bool, in place of logits, for Σ −log p(target) over unmasked targets, f32,
-    with no more logits at a time than `loss` allows.
+    with no more logits at a time than `loss` allows. Layers are stacked in what `init` makes; `apply` takes them so, in
+    a loop, and as `arranged` gives them, one after another.
     """
 
     config: ModelConfig
@@ -112,18 +114,10 @@ class LM(nn.Module):
         embedding = layers.Embedding(config.vocab_size, config.width, dtype, name="embedding")
         x = embedding(tokens)
         inputs = (tokens, positions, segment_ids)
-        dense, periods = layer_plan(config)
         losses: dict[str, jax.Array] = {}
-        if dense:
-            name = "dense_layers" if periods else "layers"
-            stack = self._stack(Block, dense)
-            x, _ = stack(config, False, mode, cache_length, name=name)(x, *inputs)
-        if periods:
-            if config.moe_every == 1:
-                period = self._stack(Block, periods)(config, True, mode, cache_length, name="layers")
-            else:
-                period = self._stack(Period, periods)(config, mode, cache_length, name="layers")
-            x, losses = period(x, *inputs)
+        for name, count, sparse in stacks(config):
+            block, kind = (Period, (config,)) if sparse and config.moe_every > 1 else (Block, (config, sparse))
+            x, losses = self._stack(block, name, count)(*kind, mode, cache_length, name=name)(x, *inputs)
         x = layers.RMSNorm(config.norm_eps, name="final_norm")(x)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
@@ -141,17 +135,17 @@ class LM(nn.Module):
             return out, jax.tree.map(jnp.mean, losses)
         return out
 
-    def _stack(self, block, length: int):
-        """`block` repeated `length` times by a scan with stacked parameters, rematerialised as the config asks."""
+    def _stack(self, block, name: str, length: int):
+        """`block` repeated `length` times, rematerialised as the config asks: a scan, unrolled where the parameters of
+        the stack `name` are arranged layer by layer."""
         policies = {"full": None, "dots": _keep_products}
+        apart = layer_name(0) in self.variables.get("params", {}).get(name, {})
         if self.config.remat != "none":
             # A scan's body is compiled by itself: common subexpressions can't undo the rematerialisation.
-            block = nn.remat(block, policy=policies[self.config.remat], prevent_cse=not self.config.scan_layers)
-        unrolled = not self.config.scan_layers
+            block = nn.remat(block, policy=policies[self.config.remat], prevent_cse=apart)
         if self.is_initializing():
-            # Unrolled, random numbers take minutes to compile; in a loop, all layers would be held as float32 at once.
-            unrolled, dtype = False, self.config.param_dtype
-            narrow = functools.partial(jax.tree.map, lambda p: p.astype(dtype))
+            # All layers would be held as float32 at once.
+            narrow = functools.partial(jax.tree.map, lambda p: p.astype(self.config.param_dtype))
             block = nn.map_variables(block, "params", trans_out_fn=narrow, init=True, mutable=True)
         stack = nn.scan(
             block,
@@ -159,29 +153,54 @@ class LM(nn.Module):
             split_rngs={"params": True, "routing": True},
             in_axes=nn.broadcast,
             length=length,
-            unroll=length if unrolled else 1,
+            unroll=length if apart else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        if not unrolled or sharding.platform() != "gpu":
-            return stack
-        return nn.map_variables(stack, "params", functools.partial(jax.tree.map, _put_together))
+        # Traced and lowered as one layer. A slice of what is stacked here is its piece, and so is a gradient's: in the
+        # compiled program no stack is left.
+        return nn.map_variables(stack, ("params", "router_state"), _together) if apart else stack
+
+    def arranged(self, tree: dict[str, Any], take: Callable[[Any, int], Any] = lambda a, i: a[i]) -> dict[str, Any]:
+        """A collection of `init`'s as a training step keeps it: as it is for a scan; else with `layer_0`, `layer_1`, …
+        in place of each stack, a block or a period each.
+
+        One array a layer: a gradient then needs no room before its layer's activations have gone, and no kernel cuts a
+        layer's weights out of a stack. take(leaf, i) is layer i of a stacked leaf.
+        """
+        return tree if self.config.scan_layers else layer_by_layer(self.config, tree, take)
 
 
-@jax.custom_vjp
-def _put_together(stack: jax.Array) -> jax.Array:
-    """The parameters of unrolled layers (layers, …) as they are; their gradients, which come apart, written into one
-    array. XLA's own concatenation of sixteen pieces runs at 0.9 TB/s on an H200, which copies at 4."""
-    return stack
+def stacks(config: ModelConfig) -> list[tuple[str, int, bool]]:
+    """(name, length, whether sparse) of the stacks that `init` makes, in their order."""
+    dense, periods = layer_plan(config)
+    found = [("dense_layers" if periods else "layers", dense, False), ("layers", periods, True)]
+    return [stack for stack in found if stack[1]]
 
 
-def _put_together_backward(_, grad):
-    whole = jnp.zeros_like(grad)
-    for i in reversed(range(grad.shape[0])):  # a slice of the concatenation is its piece: nothing is left of it
-        whole = jax.lax.dynamic_update_index_in_dim(whole, grad[i], i, axis=0)
-    return (jax.lax.optimization_barrier(whole),)
+def layer_name(i: int) -> str:
+    return f"layer_{i}"
 
 
-_put_together.defvjp(lambda stack: (stack, None), _put_together_backward)
+def layer_by_layer(config: ModelConfig, tree: dict[str, Any], take: Callable[[Any, int], Any]) -> dict[str, Any]:
+    """`LM.arranged` for layers one by one."""
+    found = dict(tree)
+    for name, count, _ in stacks(config):
+        if name in tree:
+            found[name] = {
+                layer_name(i): jax.tree.map(lambda leaf, i=i: take(leaf, i), tree[name]) for i in range(count)
+            }
+    return found
+
+
+def _together(collections: dict[str, Any]) -> dict[str, Any]:
+    """Collections of layers one by one, stacked."""
+
+    def stacked(layers):
+        if not layers:
+            return layers
+        return jax.tree.map(lambda *pieces: jnp.stack(pieces), *(layers[layer_name(i)] for i in range(len(layers))))
+
+    return {name: stacked(layers) for name, layers in collections.items()}
 
 
 def _keep_products(primitive, *inputs, **parameters) -> Any:
