@@ -15,7 +15,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from experiments import cli
@@ -24,7 +23,7 @@ from moejax import config as configs
 from moejax.errors import UserError
 from moejax.evaluate import evaluate
 from moejax.models.lm import LM
-from moejax.train_step import PROBE
+from moejax.train_step import param_shardings
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run, or a copy of its checkpoint.", required=True)
 EXPERTS = flags.DEFINE_integer("experts_per_token", None, "Experts per token, if another number than in training.")
@@ -103,10 +102,9 @@ def report(model: nn.Module, trees: dict[str, Any], step: int, corpus: data.Corp
     if not corpus.heldout_windows:
         raise UserError(f"data.source={config.data.source}: no text is held out; give another text as --source")
     mesh = mesh_at_hand(config)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros(PROBE, jnp.int32))
     result = evaluate(
         model,
-        jax.device_put(trees["params"], sharding.shardings(mesh, boxed["params"])),
+        jax.device_put(trees["params"], param_shardings(model, mesh)),
         jax.device_put(trees.get("router_state", {}), sharding.replicated(mesh)),
         data.eval_batches(corpus, config.data, BATCHES.value),
         mesh,

@@ -72,12 +72,16 @@ def arranged(model: nn.Module, tree: Any, *take: Any) -> Any:
     return model.arranged(tree, *take) if hasattr(model, "arranged") else tree
 
 
+def param_shardings(model: nn.Module, mesh: Mesh) -> Any:
+    """NamedShardings of the parameters that training keeps, by their logical axes."""
+    boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros(PROBE, jnp.int32)), jax.random.key(0))
+    return arranged(model, sharding.shardings(mesh, boxed["params"]), sharding.of_slice)
+
+
 def state_shardings(model: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> Any:
     """A TrainState of NamedShardings: parameters by their logical axes, moments like their parameters."""
-    key = jax.random.key(0)
-    boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros(PROBE, jnp.int32)), key)
-    of_params = arranged(model, sharding.shardings(mesh, boxed["params"]), sharding.of_slice)
-    state = jax.eval_shape(functools.partial(init, model, tx), key)
+    of_params = param_shardings(model, mesh)
+    state = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
     shapes = jax.tree_util.tree_flatten_with_path(state.params)[0]
     known = {path: (leaf.shape, place) for (path, leaf), place in zip(shapes, jax.tree.leaves(of_params), strict=True)}
     everywhere: Any = sharding.replicated(mesh)

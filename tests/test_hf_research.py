@@ -35,6 +35,8 @@ def test_an_exported_research_lm_has_the_same_logits(name, fields, tmp_path):
     wanted = np.asarray(jax.jit(LM(config).apply)(variables, TOKENS))
     family, theirs, exported = hf_research.as_published(config, variables["params"])
     assert family is models.FAMILIES[name]
+    apart = LM(dataclasses.replace(config, scan_layers=False)).arranged(variables["params"])
+    jax.tree.map(np.testing.assert_array_equal, hf_research.as_published(config, apart)[2], exported)
     if "moe_every" in fields:  # one dense layer, then two periods of a dense and a sparse one
         assert theirs.mlp_only_layers == (0, 1, 3)
     hf_export.export_variables(tmp_path / "out", family, theirs, exported)

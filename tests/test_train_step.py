@@ -62,25 +62,26 @@ class Program:
 
 
 def initial(config, variables):
-    moe = config.model.moe
+    moe, model = config.model.moe, LM(config.model)
+    params = train_step.arranged(model, variables["params"])
     return train_step.TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        router_state=variables.get("router_state", {}),
-        opt_state=optimizer.make(config.optimizer).init(variables["params"]),
+        params=params,
+        router_state=train_step.arranged(model, variables.get("router_state", {})),
+        opt_state=optimizer.make(config.optimizer).init(params),
         load=None if moe is None else jnp.zeros((config.model.num_layers, moe.num_experts), jnp.int32),
     )
 
 
-def program(name, mesh=None, microbatches=1) -> Program:
-    return compile_program(name, mesh, microbatches)
+def program(name, mesh=None, microbatches=1, scan_layers=True) -> Program:
+    return compile_program(name, mesh, microbatches, scan_layers)
 
 
 @functools.lru_cache
-def compile_program(name, mesh, microbatches):
+def compile_program(name, mesh, microbatches, scan_layers):
     moe = small.ROUTERS[name]
     moe = moe and dataclasses.replace(moe, **WEIGHTS[name])
-    config = small.config(moe, train={"accumulation_steps": microbatches})
+    config = small.config(moe, model={"scan_layers": scan_layers}, train={"accumulation_steps": microbatches})
     # Unclipped, so that Adam's first moment after one step is (1 − b1) times the gradient.
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, clip_norm=None))
     mesh = sharding.make_mesh(MESHES[mesh]) if mesh else sharding.make_mesh({}, devices=jax.devices()[:1])
@@ -97,9 +98,9 @@ def compile_program(name, mesh, microbatches):
 
 
 @functools.lru_cache
-def stepped(name, mesh=None, microbatches=1):
+def stepped(name, mesh=None, microbatches=1, scan_layers=True):
     """(state, metrics) after one step, as numpy arrays; gradients as `grads` among the metrics."""
-    run = program(name, mesh, microbatches)
+    run = program(name, mesh, microbatches, scan_layers)
     state, metrics = jax.tree.map(np.asarray, run(run.start()))
     return state, metrics | {"grads": gradients(run, state)}
 
@@ -123,6 +124,15 @@ def assert_same_step(found, wanted, skip=()):
 @pytest.mark.parametrize(("name", "mesh"), ON_A_MESH)
 def test_eight_devices_take_the_same_step_as_one(name, mesh):
     assert_same_step(stepped(name, mesh), stepped(name))
+
+
+@pytest.mark.parametrize("mesh", [None, "2x4"])
+def test_layers_one_by_one_take_the_same_step_as_a_scan(mesh):
+    apart = LM(program("aux_free", mesh, 1, False).config.model)
+    state, metrics = stepped("aux_free")
+    wanted = dataclasses.replace(state, router_state=apart.arranged(state.router_state))
+    metrics = metrics | {"grads": apart.arranged(metrics["grads"])}
+    assert_same_step(stepped("aux_free", mesh, 1, False), (wanted, metrics))
 
 
 def test_microbatches_on_a_mesh_take_the_same_step_as_one_batch():
