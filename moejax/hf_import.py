@@ -1,6 +1,7 @@
 """Hugging Face checkpoints into moejax: every tensor is accounted for on both sides before anything is loaded."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from moejax.models.family import Family
 # Each of 16 codes of MXFP4 (OCP microscaling: sign, two exponent bits, one of mantissa) as a number.
 _FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _FP8_BLOCK = 128
+_ALL = slice(None)
+_CHECKED = 2**22  # numbers that are looked at together: no copy of a whole tensor to find a NaN
 
 
 class Source:
@@ -63,17 +66,19 @@ class Source:
             return np.dtype(ml_dtypes.bfloat16)
         return np.dtype(safetensors.DTYPES[self._shards[name].tensors[self._names[name]][0]])
 
-    def read(self, name: str, dtype: Any = None) -> np.ndarray:
+    def read(self, name: str, dtype: Any = None, rows: slice = _ALL) -> np.ndarray:
         """One tensor. UserError where it holds a NaN, isn't of floats, or is quantised in a way that isn't known.
 
         dtype: of a float8 tensor, rounded to it once; every other keeps its own (bfloat16 holds MXFP4 exactly).
+        rows: of the first axis, the only ones that are read and checked (of a float8 tensor all are).
         """
         if name not in self._shards:
-            tensor = dequantise_mxfp4(self._raw(name + "_blocks"), self._raw(name + "_scales"))
+            tensor = dequantise_mxfp4(self._raw(name + "_blocks", rows), self._raw(name + "_scales", rows))
         elif name + "_scale_inv" in self._shards:
-            tensor = dequantise_fp8(self._raw(name), self._raw(name + "_scale_inv"), dtype or self.dtype(name))
+            whole = dequantise_fp8(self._raw(name), self._raw(name + "_scale_inv"), dtype or self.dtype(name))
+            tensor = whole[rows]
         else:
-            tensor = self._raw(name)
+            tensor = self._raw(name, rows)
             if tensor.dtype.itemsize == 1:
                 raise UserError(f"{self.folder}: tensor {name} is {tensor.dtype} without a {name}_scale_inv beside it")
             if not jnp.issubdtype(tensor.dtype, jnp.floating):
@@ -83,8 +88,8 @@ class Source:
             raise UserError(f"{self.folder}: tensor {name}, dequantised, goes beyond what {tensor.dtype} holds")
         return tensor
 
-    def _raw(self, name: str) -> np.ndarray:
-        tensor = self._shards[name].read(self._names[name])
+    def _raw(self, name: str, rows: slice = _ALL) -> np.ndarray:
+        tensor = self._shards[name].read(self._names[name])[rows]
         if has_nan(tensor):
             raise UserError(f"{self._shards[name].path}: tensor {name} holds a NaN")
         return tensor
@@ -93,17 +98,23 @@ class Source:
 def has_nan(tensor: np.ndarray) -> bool:
     """Whether a float tensor holds a NaN; by bits where numpy would go through float32 element by element."""
     if tensor.dtype == ml_dtypes.bfloat16:
-        return bool(np.any((tensor.view(np.uint16) & 0x7FFF) > 0x7F80))
+        return any(bool(np.any((part.view(np.uint16) & 0x7FFF) > 0x7F80)) for part in _in_parts(tensor))
     if tensor.dtype == ml_dtypes.float8_e4m3fn:
-        return bool(np.any((tensor.view(np.uint8) & 0x7F) == 0x7F))
-    return tensor.dtype.kind == "f" and bool(np.any(np.isnan(tensor)))
+        return any(bool(np.any((part.view(np.uint8) & 0x7F) == 0x7F)) for part in _in_parts(tensor))
+    return tensor.dtype.kind == "f" and any(bool(np.any(np.isnan(part))) for part in _in_parts(tensor))
 
 
 def has_infinity(tensor: np.ndarray) -> bool:
     """Whether a float tensor holds an infinity; by bits as in `has_nan`."""
     if tensor.dtype == ml_dtypes.bfloat16:
-        return bool(np.any((tensor.view(np.uint16) & 0x7FFF) == 0x7F80))
-    return bool(np.any(np.isinf(tensor)))
+        return any(bool(np.any((part.view(np.uint16) & 0x7FFF) == 0x7F80)) for part in _in_parts(tensor))
+    return any(bool(np.any(np.isinf(part))) for part in _in_parts(tensor))
+
+
+def _in_parts(tensor: np.ndarray) -> Iterator[np.ndarray]:
+    """Views that hold the tensor between them, each of a few million numbers or of one row."""
+    rows = max(1, _CHECKED // max(1, math.prod(tensor.shape[1:])))
+    return (tensor[first : first + rows] for first in range(0, len(tensor), rows)) if tensor.ndim else iter([tensor])
 
 
 def dequantise_fp8(tensor: np.ndarray, scale_inv: np.ndarray, dtype: Any = ml_dtypes.bfloat16) -> np.ndarray:
@@ -240,14 +251,47 @@ def parameters(source: Source, family: Family, config: Any, dtype: Any = None) -
     biases stay float32.
     """
     shapes = check(source, family, config)
+    return ((path, array) for path, _, array in pieces(source, family, config, shapes, math.inf, dtype))
+
+
+def pieces(
+    source: Source, family: Family, config: Any, shapes: Mapping[str, Shape], size: float, dtype: Any = None
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(path, first, array) of every parameter: rows first … of its first axis, in their order.
+
+    shapes: as `check` gave them. size: bytes of a piece, or one row where that is more. Nothing larger is made on the
+    way, so a wider dtype or quantised experts take no more memory than they must.
+    """
     for rule in family.rules(config):
-        tensors = [source.read(name, dtype) for name in rule.names]
-        if len({tensor.dtype for tensor in tensors}) > 1:  # as one array they would have the first one's dtype
-            target = parameter_dtype(source, rule, rule.paths[0], dtype)
-            tensors = [_cast(tensor, target, name) for tensor, name in zip(tensors, rule.names, strict=True)]
-        arrays = rule.read([shapes[path] for path in rule.paths], tensors)
-        for path, array in zip(rule.paths, arrays, strict=True):
-            yield path, _cast(array, parameter_dtype(source, rule, path, dtype), rule.names[0])
+        targets = {path: parameter_dtype(source, rule, path, dtype) for path in rule.paths}
+        rows = {path: rows_of_piece(shapes[path], targets[path].itemsize, size) for path in rule.paths}
+        step = min(rows.values()) if rule.parts > 1 else 1
+        for first in range(0, rule.parts, step):
+            last = min(first + step, rule.parts)
+            tensors = _tensors(source, rule, first, last, dtype)
+            each = [(shapes[path][0] * (last - first) // rule.parts, *shapes[path][1:]) for path in rule.paths]
+            for path, array in zip(rule.paths, rule.read(each, tensors), strict=True):
+                for begin in range(0, len(array), rows[path]):
+                    piece = array[begin : begin + rows[path]]
+                    yield path, first + begin, _cast(piece, targets[path], rule.names[0])
+
+
+def rows_of_piece(shape: Shape, itemsize: int, size: float) -> int:
+    """How many rows of an array's first axis make a piece of at most `size` bytes, at least 1."""
+    fit = size / max(1, math.prod(shape[1:]) * itemsize)
+    return max(1, int(min(fit, shape[0])))
+
+
+def _tensors(source: Source, rule: hf_tensors.Rule, first: int, last: int, dtype: Any) -> list[np.ndarray]:
+    """What the parts first … last of a rule are read from, in one dtype."""
+    each_its_own = len(rule.names) == rule.parts
+    names = rule.names[first:last] if each_its_own else rule.names
+    rows = _ALL if each_its_own else slice(first, last)
+    tensors = [source.read(name, dtype, rows) for name in names]
+    if len({tensor.dtype for tensor in tensors}) > 1:  # as one array they would have the first one's dtype
+        target = parameter_dtype(source, rule, rule.paths[0], dtype)
+        tensors = [_cast(tensor, target, name) for tensor, name in zip(tensors, names, strict=True)]
+    return tensors
 
 
 def _cast(array: np.ndarray, target: np.dtype, name: str) -> np.ndarray:

@@ -143,8 +143,9 @@ def rules(config: GptOssConfig) -> list[hf_tensors.Rule]:
         found += [hf_tensors.copy(f"{ours}/moe/router_bias", f"{theirs}.mlp.router.bias")]
         for suffix, their in (("", ""), ("_bias", "_bias")):
             pair = (f"{ours}/moe/gate{suffix}", f"{ours}/moe/up{suffix}")
-            found += [hf_tensors.interleaved(pair, f"{theirs}.mlp.experts.gate_up_proj{their}")]
-            found += [hf_tensors.copy(f"{ours}/moe/down{suffix}", f"{theirs}.mlp.experts.down_proj{their}")]
+            its, E = f"{theirs}.mlp.experts", config.num_local_experts
+            found += [hf_tensors.interleaved(pair, f"{its}.gate_up_proj{their}", E)]
+            found += [hf_tensors.copy(f"{ours}/moe/down{suffix}", f"{its}.down_proj{their}", parts=E)]
     return found
 
 
