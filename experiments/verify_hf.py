@@ -18,6 +18,7 @@ from absl import flags
 from experiments import cli
 from experiments.peer_process import Peer
 from moejax import models
+from moejax.errors import UserError
 from moejax.models.parts import Block
 
 SOURCE = flags.DEFINE_string("source", None, "The folder of a Hugging Face checkpoint.", required=True)
@@ -45,10 +46,12 @@ def main() -> None:
 
 
 def peer(python: str, folder: Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """transformers' states by name, computed in its own process."""
+    """transformers' states by name, computed in its own process; UserError where it was transformers that failed."""
     np.save(folder / "ids.npy", tokens)
     with Peer(python, "hf_logits.py", SOURCE.value, str(folder / "ids.npy"), str(folder)) as process:
-        list(process)  # it answers in files
+        for told in process:  # it answers in files, but for a refusal
+            raise UserError(f"transformers {told['transformers']} refuses {SOURCE.value}, which moejax loads: "
+                            f"{told['refused']}; nothing was compared")  # fmt: skip
     told = json.loads((folder / "peer.json").read_text())
     print(f"transformers {told['transformers']}, torch {told['torch']}")
     names = [*(f"layer_{i}" for i in range(told["layers"])), "logits"]
