@@ -44,10 +44,13 @@ def test_logits_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_and_cached_decode_are_the_full_forward_at_every_position(name):
-    """Row 0 is padded: its prompt has 4 tokens, row 1's has 7. Windows (4 in gpt-oss) are shorter than the sequence."""
+    """Row 0 is padded: its prompt has 4 tokens, row 1's has 7. Windows (4 in gpt-oss) are shorter than the sequence.
+
+    Then 20 greedy tokens more, which are those of transformers (hf_variants.py made greedy.json).
+    """
     model, variables, tokens, _, full = loaded(name)
     lengths = np.array([4, 7])
-    step = jax.jit(functools.partial(model.apply, mode="generate", cache_length=16, mutable=["cache"]))
+    step = jax.jit(functools.partial(model.apply, mode="generate", cache_length=32, mutable=["cache"]))
     prompt = np.where(np.arange(7)[None, :] < lengths[:, None], tokens[:, :7], 0)
     positions = np.broadcast_to(np.arange(7, dtype=np.int32), prompt.shape)
     real = (np.arange(7)[None, :] < lengths[:, None]).astype(np.int32)
@@ -60,6 +63,13 @@ def test_prefill_and_cached_decode_are_the_full_forward_at_every_position(name):
         token = np.take_along_axis(tokens, at, axis=1)
         logits, cache = step(variables | cache, token, at, np.ones_like(at))
         close(logits[:, 0], np.take_along_axis(full, at[..., None], axis=1)[:, 0])
+    told = json.loads((TINY / name / "greedy.json").read_text())
+    assert told["prompts"] == [row[: length + 5].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    for offset, wanted in enumerate(np.array(told["new"]).T, start=5):
+        token = np.argmax(logits[:, 0], axis=-1)[:, None].astype(np.int32)
+        np.testing.assert_array_equal(token[:, 0], wanted)
+        at = (lengths + offset)[:, None].astype(np.int32)
+        logits, cache = step(variables | cache, token, at, np.ones_like(at))
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe"])
