@@ -80,7 +80,7 @@ def test_a_failed_import_leaves_no_checkpoint(tmp_path):
 
 
 def test_arrays_larger_than_a_piece_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_checkpoint, "PIECE_BYTES", 512)
+    monkeypatch.setattr(hf_checkpoint, "PIECE_BYTES", 4096)
     hf_checkpoint.convert(TINY / "mixtral", tmp_path, models.FAMILIES, "bfloat16")
     found = hf_tensors.flatten(checkpoint.restore(tmp_path).trees)
     _, variables = models.load_hf(TINY / "mixtral", jnp.bfloat16)

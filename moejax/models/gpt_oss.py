@@ -150,9 +150,8 @@ def rules(config: GptOssConfig) -> list[hf_tensors.Rule]:
 
 
 def read(raw: dict[str, Any]) -> dict[str, Any]:
-    """Drops how the weights are stored, and a context length that the rotary settings say too."""
+    """Drops a context length that the rotary settings say too."""
     raw = dict(raw)
-    raw.pop("quantization_config", None)
     context = raw.pop("initial_context_length", None)
     for spelling in ("rope_scaling", "rope_parameters"):
         if context is not None and raw.get(spelling):
@@ -172,5 +171,6 @@ FAMILY = family.Family(
     },
     aliases={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
     fixed={"hidden_act": ("silu",)},
+    harmless={"quantization_config": "how the weights are stored, which the tensors say"},
     read=read,
 )
