@@ -322,17 +322,44 @@ def test_llama4_is_read_out_of_the_multimodal_file(tmp_path):
 # ---- training on a mesh
 
 
+# One sparse layer each: what a family's step has of its own.
+ONE_LAYER = {
+    "mixtral": {},
+    "olmoe": {},
+    "qwen2_moe": {},
+    "qwen3_moe": {},
+    "deepseek_v2": {"first_k_dense_replace": 0},
+    "gpt_oss": {"layer_types": None},
+    "dbrx": {},
+    "llama4_text": {"layer_types": None, "moe_layers": None, "no_rope_layers": None, "interleave_moe_layer_step": 1},
+}
+IN_TIME = ("mixtral", "gpt_oss", "llama4_text")  # the others take as long, and are like one of these
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in IN_TIME else pytest.param(name, marks=pytest.mark.long) for name in ONE_LAYER]
+)
+def test_a_training_step_of_one_layer_on_eight_devices_is_the_one_of_one_device(name):
+    family = models.FAMILIES[name]
+    config = models.load_hf(TINY / name)[0].config
+    depth = "n_layers" if name == "dbrx" else "num_hidden_layers"
+    config = dataclasses.replace(config, **{depth: 1}, **ONE_LAYER[name])
+    check_step(*initialised(family, config))
+
+
 @pytest.mark.long  # tests/test_hf_training.py trains one on a mesh
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "deepseek_v3"])
 def test_a_training_step_on_eight_devices_is_the_one_of_one_device(name):
-    """Loss and updated parameters, batch over data × fsdp × expert, parameters sharded by their logical axes."""
     if name == "deepseek_v3":
-        model, variables = initialised(deepseek_v3.FAMILY, MTP)
-        tokens = np.random.default_rng(1).integers(0, 64, (8, 6)).astype(np.int32)
+        check_step(*initialised(deepseek_v3.FAMILY, MTP))
     else:
         model, variables = models.load_hf(TINY / name)
-        model = dataclasses.replace(model, remat=True)
-        tokens = np.random.default_rng(1).integers(0, 128, (8, 6)).astype(np.int32)
+        check_step(dataclasses.replace(model, remat=True), variables)
+
+
+def check_step(model, variables):
+    """Loss and updated parameters, batch over data × fsdp × expert, parameters sharded by their logical axes."""
+    tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (8, 6)).astype(np.int32)
     state = {key: value for key, value in variables.items() if key != "params"}
 
     def step(params, tokens):
