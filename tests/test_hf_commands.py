@@ -84,6 +84,10 @@ from moejax.models.parts import Block
 
 ids, out = sys.argv[-2:]
 model, variables = models.load_hf("{whole}")
+if "hf_greedy.py" in sys.argv[-4]:
+    new = models.generate(model, variables, json.load(open(ids)), int(out))
+    print(json.dumps({{"transformers": "none", "new": new}}))
+    sys.exit()
 capture = lambda module, _: isinstance(module, Block)
 logits, seen = model.apply(variables, np.load(ids).astype(np.int32), capture_intermediates=capture)
 layers = model.config.num_hidden_layers
@@ -103,8 +107,10 @@ def test_verify_names_the_first_layer_that_differs(server, tmp_path):
     peer = tmp_path / "python"
     peer.write_text(PEER.format(python=f"/usr/bin/env -S PYTHONPATH={ROOT} {sys.executable}", whole=whole))
     peer.chmod(0o755)
-    same = server.run("verify_hf.py", f"--source={whole}", f"--peer_python={peer}", "--length=8")
+    options = (f"--peer_python={peer}", "--length=8", "--new_tokens=3")
+    same = server.run("verify_hf.py", f"--source={whole}", *options)
     assert same.code == 0 and "the same within 0.0001" in same.out, same.err
+    assert "greedy after 8 tokens: 3 of 3 the same\ngreedy after 4 tokens: 3 of 3 the same" in same.out
     other = server.run("verify_hf.py", f"--source={changed}", f"--peer_python={peer}", "--length=8")
     assert other.code == 1 and "the first that differs is layer_1" in other.out, other.err
     gaps = {line.split(":")[0]: float(line.split("= ")[1]) for line in other.out.splitlines() if " = " in line}
