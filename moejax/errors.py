@@ -27,6 +27,16 @@ def writing(path: Path) -> Iterator[None]:
                         "continues; or name another folder") from error  # fmt: skip
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns an OSError inside into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} can't be read ({reason}): make it readable, or fetch it again") from error
+
+
 def _of_the_system(error: Exception) -> str | None:
     """What the operating system complained of; None where it didn't. tensorstore tells it inside a ValueError."""
     if isinstance(error, OSError):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax import hf_config_checks, schema
-from moejax.errors import UserError
+from moejax.errors import UserError, reading
 from moejax.rope import Rope
 
 _LABEL, _LIBRARY, _SHAPE = "who and what made it", "how a library calls or returns", "of models of another kind"
@@ -43,7 +43,11 @@ def read_json(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} can't be read as JSON") from error
     if not isinstance(raw, dict):

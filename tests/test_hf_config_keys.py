@@ -77,3 +77,19 @@ def test_the_documented_list_is_the_one_of_the_code():
 def test_values_that_would_be_passed_over_are_refused(name, config, words):
     with pytest.raises(UserError, match=words):
         models.FAMILIES[name].read_config(hf_variants.config_json(name) | config)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("name", hf_variants.VARIANTS)
+def test_the_older_spelling_says_the_same(name, old):
+    """transformers 4: rope_theta and rope_scaling with a `type`, torch_dtype, its names for the number of experts."""
+    family, raw = models.FAMILIES[name], hf_variants.config_json(name)
+    turns = dict(raw.pop("rope_parameters"))
+    kind = turns.pop("rope_type")
+    spelled = raw | {"torch_dtype": raw["dtype"], "rope_theta": turns.pop("rope_theta")}
+    spelled["rope_scaling"] = None if kind == "default" else turns | {"type" if old else "rope_type": kind}
+    del spelled["dtype"]
+    for new in ("num_local_experts", "n_routed_experts"):
+        if new in spelled and old:
+            spelled["num_experts"] = spelled.pop(new)
+    assert family.read_config(spelled) == family.read_config(hf_variants.config_json(name))

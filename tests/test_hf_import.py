@@ -332,6 +332,9 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     refused(folder, "F3X", "can't be held")
     file.unlink()
     refused(folder, "no safetensors files")
+    (folder / "model-1.safetensors").symlink_to(folder / "gone")  # as a cache of downloads that lost a file
+    refused(folder, "model-1.safetensors can't be read (No such file or directory)")
+    (folder / "model-1.safetensors").unlink()
     (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     refused(folder, "lacks 1 of 1 shards", "model-00001-of-00002.safetensors")
 
