@@ -307,7 +307,13 @@ def _cast(array: np.ndarray, target: np.dtype, name: str) -> np.ndarray:
 
 
 def load(folder: str | Path, families: Mapping[str, Family], dtype: Any = jnp.float32) -> tuple[nn.Module, dict]:
-    """(model, variables) of a Hugging Face checkpoint; parameters and compute in `dtype`."""
+    """(model, variables) of a Hugging Face checkpoint; parameters and compute in `dtype`; UserError: no float's."""
+    try:
+        known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise UserError(f"dtype={dtype!r} is no float that parameters can have: give float32, bfloat16 or float16")
     source, family, config, _ = open_checkpoint(folder, families)
     found = parameters(source, family, config, dtype)
     # Copied: a view of the file would follow the file.

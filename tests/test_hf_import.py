@@ -319,6 +319,12 @@ def test_a_malformed_index_is_refused_by_its_file(tmp_path, where):
     refused(folder, str(folder / safetensors.INDEX), "`weight_map` must be an object, a file's name for each tensor")
 
 
+@pytest.mark.parametrize("dtype", ["float8", "int32", jnp.int32])
+def test_parameters_are_floats(dtype):
+    with pytest.raises(UserError, match="is no float that parameters can have"):
+        models.load_hf(TINY / "olmoe", dtype)
+
+
 def test_damaged_files_are_refused_by_name(tmp_path):
     refused(tmp_path, "no config.json")
     folder = copy(tmp_path, "olmoe")
