@@ -4,12 +4,11 @@ Windows and chunks shorter than the sequence, rope scaling past its original len
 layers, latent attention without query compression.
 """
 
-import functools
-
 import hf_variants
 import jax
 import numpy as np
 import pytest
+from cached_decode import Cached
 
 from moejax import models
 
@@ -37,27 +36,9 @@ def test_prefill_and_cached_decode_are_transformers_at_every_position_and_go_on_
     """Prompts of 5 and 17 tokens, the shorter one padded, then one token at a time: first those of the sequence,
     against the logits of the whole; then, from the prompts again, the likeliest, against transformers' continuation."""
     name, model, variables, reference, new = variant
-    tokens, lengths = hf_variants.tokens(name).astype(np.int32), np.array(hf_variants.PROMPTS)
-    step = jax.jit(functools.partial(model.apply, mode="generate", cache_length=48, mutable=["cache"]))
-    place = np.broadcast_to(np.arange(lengths.max(), dtype=np.int32), (2, lengths.max()))
-    real = (place < lengths[:, None]).astype(np.int32)
-    prefilled, cache = step(variables, tokens[:, : lengths.max()] * real, place, real)
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4 * np.std(reference))
-    for row, length in enumerate(lengths):
-        close(prefilled[row, :length], reference[row, :length])
-    start = cache
-    for offset in range(hf_variants.LENGTH - lengths.max()):
-        at = (lengths + offset)[:, None].astype(np.int32)
-        logits, cache = step(variables | cache, np.take_along_axis(tokens, at, axis=1), at, np.ones_like(at))
-        close(logits[:, 0], np.take_along_axis(reference, at[..., None], axis=1)[:, 0])
-
-    cache, last = start, np.take_along_axis(np.asarray(prefilled), (lengths - 1)[:, None, None], axis=1)[:, 0]
-    for offset in range(hf_variants.NEW):
-        token = np.argmax(last, axis=-1)[:, None].astype(np.int32)
-        np.testing.assert_array_equal(token[:, 0], new[:, offset])
-        at = (lengths + offset)[:, None].astype(np.int32)
-        logits, cache = step(variables | cache, token, at, np.ones_like(at))
-        last = np.asarray(logits[:, 0])
+    cached = Cached(model, variables, hf_variants.tokens(name), hf_variants.PROMPTS, 48)
+    cached.check(reference, 1e-4)
+    assert cached.greedy(cached.state, hf_variants.NEW) == new.tolist()
 
 
 @pytest.mark.parametrize("name", ["llama4_text"])
