@@ -6,8 +6,6 @@ DIR must not exist yet. Import and export give every tensor back bit for bit whe
 research LM exports as the Qwen3-MoE or DeepSeekMoE that it is a case of; where it is none, the reasons are named.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from experiments import cli
@@ -32,10 +30,9 @@ def research() -> None:
     assert found is not None
     run = configs.from_config_dict(found.config)
     family, config, variables = hf_research.as_published(run.model, found.trees["params"])
-    hf_export.export_variables(TARGET.value, family, config, variables)
     text = found.data.get("tokenizer")
-    if text:
-        (Path(TARGET.value) / "tokenizer.json").write_text(text, encoding="utf-8")
+    beside = {"tokenizer.json": text} if text else {}
+    hf_export.export_variables(TARGET.value, family, config, variables, beside=beside)
     print(f"{family.architecture} in {TARGET.value}")
 
 

@@ -92,7 +92,7 @@ def prompts() -> list[str]:
 def run(model, variables, tokenizer, texts: list[str], encoded: list[list[int]], ends: int | list[int]) -> None:
     """Generates, and prints the first prompt that has not ended as its tokens come."""
     stops = {ends} if isinstance(ends, int) else set(ends)
-    streams = [Stream(tokenizer, text, stops) for text in texts]
+    streams = [Stream(tokenizer, text, ids, stops) for text, ids in zip(texts, encoded, strict=True)]
     waiting = list(streams)
 
     def on_token(tokens) -> None:
@@ -120,10 +120,10 @@ def run(model, variables, tokenizer, texts: list[str], encoded: list[list[int]],
 
 
 class Stream:
-    """One prompt and what follows it, printed as text, bytes held back that don't yet make a character."""
+    """One prompt (text, ids) and what follows it, printed as text, bytes held back that don't yet make a character."""
 
-    def __init__(self, tokenizer, prompt: str, stops: set[int]):
-        self.tokenizer, self.stops, self.shown = tokenizer, stops, ""
+    def __init__(self, tokenizer, prompt: str, ids: list[int], stops: set[int]):
+        self.tokenizer, self.ids, self.stops, self.shown = tokenizer, ids, stops, ""
         self.prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # a shell gives any bytes
         self.tokens: list[int] = []
         self.ended = False
@@ -134,11 +134,14 @@ class Stream:
         self.ended |= token in self.stops
 
     def show(self) -> None:
-        self._print(self.tokenizer.decode(self.tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
+        self._print(self._text().rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def close(self) -> None:
-        self._print(self.tokenizer.decode(self.tokens))
+        self._print(self._text())
         print()
+
+    def _text(self) -> str:
+        return tokenizers.decode_after(self.tokenizer, self.ids, self.tokens)
 
     def _print(self, text: str) -> None:
         if self.prompt:  # only now: by then every complaint about the options is out

@@ -120,6 +120,13 @@ def _compiled_decode(on_gpu: bool):
     return jax.jit(_decode, static_argnames=statics, donate_argnames="state", compiler_options=options)
 
 
+def _ids(prompt: Sequence[int]) -> list[int]:
+    array = np.asarray(prompt)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise UserError(f"a prompt is {str(prompt)[:40]!r}; give at least one list of token ids, [[1, 5, 9], [1, 7]]")
+    return array.tolist()
+
+
 def generate(
     model,
     variables: dict,
@@ -133,9 +140,11 @@ def generate(
 ) -> list[list[int]]:
     """The new token ids of each prompt, at most `max_new_tokens`, ending after `eos_id` (or any of several) if given.
 
-    `prompts` are lists of token ids, of any lengths but not empty. `on_token` is called with each step's tokens (B,),
-    for streaming. Raises UserError for an empty prompt, an id that the model has not, or options out of range.
+    `prompts` are lists (or arrays) of token ids, of any lengths but not empty. `on_token` is called with each step's
+    tokens (B,), for streaming. Raises UserError for what is no list of lists of ids, an empty prompt, an id that the
+    model has not, or options out of range.
     """
+    prompts = [_ids(prompt) for prompt in prompts]
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise UserError("an empty prompt was given; give at least one token to continue from")
     if max_new_tokens < 1 or not temperature >= 0 or not 0 < top_p <= 1:  # NaN is neither

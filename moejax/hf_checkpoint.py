@@ -1,10 +1,10 @@
-"""Hugging Face checkpoints to and from moejax's own, streamed: one tensor group is in memory at a time.
+"""Hugging Face checkpoints to and from moejax's own, streamed: a piece of one tensor group is in memory at a time.
 
     DIRECTORY/checkpoints/0/    the checkpoint, as `checkpoint.save` would write it; its config holds `family` and `hf`
               tokenizer/        what lay beside the source: tokenizer files, generation_config.json, code
 
 orbax writes a tree that is in memory. Here it writes the tree with a single number in every place, and the arrays then
-replace the numbers one at a time in orbax's own store (zarr in OCDBT), before the folder gets its name.
+replace the numbers, piece by piece, in orbax's own store (zarr in OCDBT), before the folder gets its name.
 """
 
 import json
@@ -22,11 +22,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from moejax import checkpoint, hf_export, hf_import, hf_tensors, schema
+from moejax import checkpoint, hf_export, hf_import, hf_tensors, host_memory, schema
 from moejax.errors import UserError, writing
 from moejax.models.family import Family
 
-CHUNK_BYTES = 64 * 2**20  # arrays are stored in pieces of about this size, so that a mesh reads what it needs
+# What is converted at a time, and stored as one, so that a mesh reads what it needs. Each piece costs the store another
+# copy of its table of contents: of large models they are larger.
+PIECE_BYTES, MOST_PIECES = 32 * 2**20, 8192
 BESIDE = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json", "tiktoken.model",
@@ -42,11 +44,10 @@ def convert(
     written, and the disk; a failure in the middle leaves nothing that looks like a checkpoint.
 
     Raises:
-      UserError: as `hf_import.load`; the workdir has checkpoints; the disk is too small.
+      UserError: as `hf_import.load`; the workdir has checkpoints; the disk is too small, or fills up meanwhile.
     """
     source, workdir = Path(source), Path(workdir)
     tensors, family, config, raw = hf_import.open_checkpoint(source, families)
-    found = hf_import.parameters(tensors, family, config, None if dtype is None else jnp.dtype(dtype))
     shapes = hf_import.check(tensors, family, config)
     root = workdir / "checkpoints"
     partial = root / "0.orbax-checkpoint-tmp-import"
@@ -57,55 +58,79 @@ def convert(
         for rule in family.rules(config)
         for path in rule.paths
     )
+    piece = max(PIECE_BYTES, size // MOST_PIECES)
+    found = hf_import.pieces(tensors, family, config, shapes, piece, None if dtype is None else jnp.dtype(dtype))
+    # Code that config.json's auto_map names goes along.
+    beside = [source / name for name in BESIDE if (source / name).is_file()] + sorted(source.glob("*.py"))
     with writing(workdir):
         root.mkdir(parents=True, exist_ok=True)
-        hf_export.check_room(workdir, size)
-    try:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        write_streamed(partial, shapes, found)
-        # Code that config.json's auto_map names goes along.
-        beside = [name for name in BESIDE if (source / name).is_file()] + [path.name for path in source.glob("*.py")]
-        (workdir / "tokenizer").mkdir(exist_ok=True)
-        for name in beside:
-            shutil.copyfile(source / name, workdir / "tokenizer" / name)
-        manifest = {
-            "step": 0, "data": {},
-            "config": {"family": family.name, "model": schema.to_dict(config), "hf": raw, "dtype": dtype},
-            "trees": sorted({path.partition("/")[0] for path in shapes}), "files": checkpoint.file_sizes(partial),
-        }  # fmt: skip
-        with open(partial / checkpoint.MANIFEST, "w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(root / "0")
-    except BaseException:
-        shutil.rmtree(root, ignore_errors=True)
-        raise
+        hf_export.check_room(workdir, size + sum(path.stat().st_size for path in beside))
+        try:
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            write_streamed(partial, shapes, piece, found)
+            (workdir / "tokenizer").mkdir(exist_ok=True)
+            for path in beside:
+                shutil.copyfile(path, workdir / "tokenizer" / path.name)
+            described = {"family": family.name, "model": schema.to_dict(config), "hf": raw, "dtype": dtype}
+            _write_manifest(partial, shapes, described)
+            partial.rename(root / "0")
+        except BaseException:
+            shutil.rmtree(root, ignore_errors=True)
+            raise
     count = sum(math.prod(shape) for path, shape in shapes.items() if path.startswith("params/"))
     told = {"family": family.name, "parameters": count, "tensors": len(tensors.shapes), "left_out": tensors.left_out}
     return told | {"bytes": size}
 
 
-def write_streamed(folder: Path, shapes: Mapping[str, Any], arrays: Iterator[tuple[str, np.ndarray]]) -> None:
-    """orbax's trees in `folder` from (path, array), each path "params/…" or "router_state/…" once."""
+def _write_manifest(folder: Path, shapes: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    trees = sorted({path.partition("/")[0] for path in shapes})
+    manifest = {"step": 0, "data": {}, "config": config, "trees": trees, "files": checkpoint.file_sizes(folder)}
+    with open(folder / checkpoint.MANIFEST, "w", encoding="utf-8") as file:
+        file.write(json.dumps(manifest, indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_streamed(
+    folder: Path, shapes: Mapping[str, Any], size: int, pieces: Iterator[tuple[str, int, np.ndarray]]
+) -> None:
+    """orbax's trees in `folder` from `hf_import.pieces` of `size` bytes, each path "params/…" or "router_state/…"."""
     places = hf_tensors.unflatten({path: np.zeros((1,), np.float32) for path in shapes})
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         trees = {name: ocp.args.StandardSave(tree) for name, tree in places.items()}
         writer.save(folder.absolute(), args=ocp.args.Composite(**trees))
-    for path, array in arrays:
-        spec = _spec(folder, path)
-        with ts.Transaction(atomic=True) as transaction:
-            store = ts.open(
-                spec,
-                dtype=ts.dtype(array.dtype),
-                shape=array.shape,
-                chunk_layout=ts.ChunkLayout(chunk_shape=_chunk(array)),
-                create=True,
-                delete_existing=True,
-                transaction=transaction,
-            ).result()
-            store.write(array).result()
+    stores: dict[str, Any] = {}
+    under_way: Any = None
+    written = 0
+    try:
+        for path, first, array in pieces:  # while one is written the next is made
+            if path not in stores:
+                stores[path] = _created(folder, path, shapes[path], array.dtype, size)
+            if under_way is not None:
+                under_way.result()
+            # tensorstore would copy what it is to write; so what is a view of a file stays one
+            place = stores[path][first : first + len(array)]
+            under_way = place.write(array, can_reference_source_data_indefinitely=True)
+            written += array.nbytes
+            if written > 8 * size:  # small pieces freed by several threads lie scattered
+                host_memory.give_freed_memory_back()
+                written = 0
+    finally:
+        if under_way is not None:  # also where making the next one failed: or it would write while all is taken away
+            under_way.result()
+
+
+def _created(folder: Path, path: str, shape: tuple[int, ...], dtype: np.dtype, size: int) -> Any:
+    """The store of a parameter, in place of the number that orbax wrote there, in chunks of `size` bytes."""
+    return ts.open(
+        _spec(folder, path),
+        dtype=ts.dtype(dtype),
+        shape=shape,
+        chunk_layout=ts.ChunkLayout(chunk_shape=_chunk(shape, dtype.itemsize, size)),
+        create=True,
+        delete_existing=True,
+    ).result()
 
 
 def _spec(folder: Path, path: str) -> dict[str, Any]:
@@ -114,12 +139,11 @@ def _spec(folder: Path, path: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": store}
 
 
-def _chunk(array: np.ndarray) -> list[int]:
-    """The array's shape, its first axes cut until a piece is small."""
-    chunk = list(array.shape)
-    for axis in range(array.ndim):
-        rest = math.prod(chunk[axis + 1 :]) * array.itemsize
-        chunk[axis] = max(1, min(chunk[axis], CHUNK_BYTES // max(1, rest)))
+def _chunk(shape: tuple[int, ...], itemsize: int, size: int) -> list[int]:
+    """The shape, its first axes cut until a chunk is small; along the first as `hf_import.pieces` cuts it."""
+    chunk = list(shape)
+    for axis in range(len(chunk)):
+        chunk[axis] = hf_import.rows_of_piece(shape[axis:], itemsize, size)
         if chunk[axis] > 1:
             break
     return chunk

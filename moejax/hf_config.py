@@ -7,22 +7,33 @@ today's name, and `rope_theta` with `rope_scaling` becomes `rope_parameters`.
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from moejax import hf_config_checks, schema
-from moejax.errors import UserError
+from moejax.errors import UserError, reading
 from moejax.rope import Rope
 
-# Keys that say nothing about what the model computes.
-HARMLESS = frozenset({
-    "_name_or_path", "add_cross_attention", "architectures", "attention_dropout", "auto_map", "bos_token_id",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range", "is_decoder",
-    "is_encoder_decoder", "label2id", "max_position_embeddings", "model_type", "output_attentions",
-    "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "return_dict", "torch_dtype",
-    "transformers_version", "use_cache",
-})  # fmt: skip
+_LABEL, _LIBRARY, _SHAPE = "who and what made it", "how a library calls or returns", "of models of another kind"
+DROPOUT = "dropout in training, which is not applied here"
+LOSSES = "weights of losses in training, which the config of a run gives (model.moe)"
+# Keys that are taken and change nothing that is computed, each with the reason; a family's `harmless` adds its own.
+HARMLESS: dict[str, str] = {
+    **dict.fromkeys(("_name_or_path", "architectures", "auto_map", "model_type", "transformers_version"), _LABEL),
+    **dict.fromkeys(
+        ("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+         "use_cache"), _LIBRARY),
+    **dict.fromkeys(("id2label", "label2id", "problem_type", "is_decoder"), _SHAPE),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "ids, of which generate reads the ends"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "how the tensors are stored, which they say themselves"),
+    "attention_dropout": DROPOUT,
+    "initializer_range": "how parameters began",
+    "max_position_embeddings": "the longest sequence meant; read where rotary scaling counts from it, else no limit",
+    "router_aux_loss_coef": LOSSES,
+}  # fmt: skip
+# Keys of which one value is harmless, whatever the family.
+_FIXED: dict[str, tuple[Any, ...]] = {"add_cross_attention": (False,), "is_encoder_decoder": (False,)}
 _ROPE_KEYS = {field.name for field in dataclasses.fields(Rope)}
 
 
@@ -32,7 +43,11 @@ def read_json(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        with reading(path):
+            text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} can't be read as JSON") from error
     if not isinstance(raw, dict):
@@ -46,18 +61,19 @@ def parse(
     *,
     aliases: Mapping[str, str] | None = None,
     fixed: Mapping[str, tuple[Any, ...]] | None = None,
-    harmless: frozenset[str] = frozenset(),
+    harmless: Collection[str] = (),
     zero: frozenset[str] = frozenset(),
 ) -> Any:
     """A `cls` from the keys of config.json; fields that are left out take their defaults.
 
-    fixed: keys whose value may only be one of those given, the ones that the family computes. zero: counts that may
-    be 0.
+    fixed: keys whose value may only be one of those given, the ones that the family computes. harmless: keys beside
+    `HARMLESS` that change nothing. zero: counts that may be 0.
 
     Raises:
       UserError: an unknown key, a wrong type, a value of a fixed key that isn't supported, or values that can't be.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
+    fixed = _FIXED | dict(fixed or {})
     values: dict[str, Any] = {}
     rope: dict[str, Any] = {}
     if "rope" in fields:
@@ -71,7 +87,7 @@ def parse(
             if name in values and values[name] != value:
                 raise UserError(f"config.json gives {name} twice, as {values[name]!r} and as {key}={value!r}")
             values[name] = value
-        elif fixed and name in fixed:
+        elif name in fixed:
             if value not in fixed[name]:
                 allowed = " or ".join(map(repr, fixed[name]))
                 raise UserError(f"config.json: {key}={value!r} is not supported; this family computes {allowed}")

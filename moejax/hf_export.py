@@ -3,6 +3,7 @@
 Written beside its place and renamed into it, so a folder that is there is whole.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -30,17 +31,18 @@ def export(
     dtypes: Mapping[str, np.dtype],
     *,
     raw: Mapping[str, Any] | None = None,
-    beside: Mapping[str, Path] | None = None,
+    beside: Mapping[str, Path | str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Writes a checkpoint into the new folder `target`; returns its bytes.
 
     read: path ("params/layer_0/…") -> array. dtypes: of each path. raw: the config.json that the
     model came with, written back as it was but for how weights are stored; None: made from `config`. beside: further
-    files by name, such as the tokenizer's. One rule's arrays are in memory at a time.
+    files by name, such as the tokenizer's, each as a path or as its text. One rule's arrays are in memory at a time.
 
     Raises:
-      UserError: the target exists or can't be written, the disk is too small, or a dtype has no name in safetensors.
+      UserError: the target exists or can't be written, the disk is too small or fills up, or a dtype has no name in
+        safetensors.
     """
     target = Path(target)
     if target.exists():
@@ -60,9 +62,10 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     with writing(target):
         partial.mkdir(parents=True)
-    try:
-        check_room(partial, total)
-        values = _values(rules, read)
+    values = _values(rules, read)
+    with writing(target), _removed_on_failure(partial):
+        further = {name: _content(file) for name, file in (beside or {}).items()}
+        check_room(partial, total + sum(map(len, further.values())))
         for file, part in shards.items():
             safetensors.write(partial / file, part, (next(values) for _ in part))
         if len(shards) > 1:
@@ -71,13 +74,23 @@ def export(
             (partial / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         whole = config_json(family, config, dtypes, raw)
         (partial / "config.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        for name, path in (beside or {}).items():
-            shutil.copyfile(path, partial / name)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(target)
+        for name, content in further.items():
+            (partial / name).write_bytes(content)
+        partial.rename(target)
     return total
+
+
+def _content(file: Path | str) -> bytes:
+    return file.encode() if isinstance(file, str) else file.read_bytes()
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def config_json(family: Family, config: Any, dtypes: Mapping[str, np.dtype], raw: Mapping[str, Any] | None) -> dict:

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints into moejax: every tensor is accounted for on both sides before anything is loaded."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,13 +15,12 @@ import numpy as np
 
 from moejax import hf_config, hf_tensors, safetensors
 from moejax.errors import UserError
+from moejax.hf_numbers import dequantise_fp8, dequantise_mxfp4, has_infinity, has_nan
 from moejax.hf_tensors import Shape
 from moejax.models import parts
 from moejax.models.family import Family
 
-# Each of 16 codes of MXFP4 (OCP microscaling: sign, two exponent bits, one of mantissa) as a number.
-_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_FP8_BLOCK = 128
+_ALL = slice(None)
 
 
 class Source:
@@ -63,17 +63,19 @@ class Source:
             return np.dtype(ml_dtypes.bfloat16)
         return np.dtype(safetensors.DTYPES[self._shards[name].tensors[self._names[name]][0]])
 
-    def read(self, name: str, dtype: Any = None) -> np.ndarray:
+    def read(self, name: str, dtype: Any = None, rows: slice = _ALL) -> np.ndarray:
         """One tensor. UserError where it holds a NaN, isn't of floats, or is quantised in a way that isn't known.
 
         dtype: of a float8 tensor, rounded to it once; every other keeps its own (bfloat16 holds MXFP4 exactly).
+        rows: of the first axis, the only ones that are read and checked (of a float8 tensor all are).
         """
         if name not in self._shards:
-            tensor = dequantise_mxfp4(self._raw(name + "_blocks"), self._raw(name + "_scales"))
+            tensor = dequantise_mxfp4(self._raw(name + "_blocks", rows), self._raw(name + "_scales", rows))
         elif name + "_scale_inv" in self._shards:
-            tensor = dequantise_fp8(self._raw(name), self._raw(name + "_scale_inv"), dtype or self.dtype(name))
+            whole = dequantise_fp8(self._raw(name), self._raw(name + "_scale_inv"), dtype or self.dtype(name))
+            tensor = whole[rows]
         else:
-            tensor = self._raw(name)
+            tensor = self._raw(name, rows)
             if tensor.dtype.itemsize == 1:
                 raise UserError(f"{self.folder}: tensor {name} is {tensor.dtype} without a {name}_scale_inv beside it")
             if not jnp.issubdtype(tensor.dtype, jnp.floating):
@@ -83,62 +85,11 @@ class Source:
             raise UserError(f"{self.folder}: tensor {name}, dequantised, goes beyond what {tensor.dtype} holds")
         return tensor
 
-    def _raw(self, name: str) -> np.ndarray:
-        tensor = self._shards[name].read(self._names[name])
+    def _raw(self, name: str, rows: slice = _ALL) -> np.ndarray:
+        tensor = self._shards[name].read(self._names[name])[rows]
         if has_nan(tensor):
             raise UserError(f"{self._shards[name].path}: tensor {name} holds a NaN")
         return tensor
-
-
-def has_nan(tensor: np.ndarray) -> bool:
-    """Whether a float tensor holds a NaN; by bits where numpy would go through float32 element by element."""
-    if tensor.dtype == ml_dtypes.bfloat16:
-        return bool(np.any((tensor.view(np.uint16) & 0x7FFF) > 0x7F80))
-    if tensor.dtype == ml_dtypes.float8_e4m3fn:
-        return bool(np.any((tensor.view(np.uint8) & 0x7F) == 0x7F))
-    return tensor.dtype.kind == "f" and bool(np.any(np.isnan(tensor)))
-
-
-def has_infinity(tensor: np.ndarray) -> bool:
-    """Whether a float tensor holds an infinity; by bits as in `has_nan`."""
-    if tensor.dtype == ml_dtypes.bfloat16:
-        return bool(np.any((tensor.view(np.uint16) & 0x7FFF) == 0x7F80))
-    return bool(np.any(np.isinf(tensor)))
-
-
-def dequantise_fp8(tensor: np.ndarray, scale_inv: np.ndarray, dtype: Any = ml_dtypes.bfloat16) -> np.ndarray:
-    """(out, in) in `dtype` from float8 and one float32 factor per block of 128 × 128 (DeepSeek-V3 2024, §3.3.2)."""
-    if tensor.ndim != 2:
-        raise UserError(f"float8 tensor of {tensor.shape}: scales in blocks are known for matrices alone")
-    rows, columns = tensor.shape
-    needed = (-(-rows // _FP8_BLOCK), -(-columns // _FP8_BLOCK))
-    if scale_inv.shape != needed:
-        raise UserError(f"float8 tensor of {tensor.shape} needs scales of {needed}, and has {scale_inv.shape}")
-    scales = np.repeat(scale_inv.astype(np.float32), _FP8_BLOCK, axis=1)[:, :columns]
-    out = np.empty(tensor.shape, dtype)
-    for block, factors in enumerate(scales):
-        part = slice(block * _FP8_BLOCK, (block + 1) * _FP8_BLOCK)
-        out[part] = (tensor[part].astype(np.float32) * factors).astype(dtype)
-    return out
-
-
-def dequantise_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """bfloat16 (E, in, out) from uint8 blocks (E, out, in / 32, 16), low code first, and scales (E, out, in / 32).
-
-    A block of 32 shares the factor 2^(scale − 127).
-    """
-    E, rows, groups, half = blocks.shape
-    if scales.shape != (E, rows, groups):
-        raise UserError(f"MXFP4 blocks of {blocks.shape} need scales of {(E, rows, groups)}, and have {scales.shape}")
-    if scales.dtype != np.uint8 or np.any(scales == 255):
-        raise UserError("MXFP4 scales are uint8, of which 255 is a NaN; "
-                        + (f"these are {scales.dtype}" if scales.dtype != np.uint8 else "these hold it"))  # fmt: skip
-    out = np.empty((E, groups * half * 2, rows), ml_dtypes.bfloat16)
-    for expert in range(E):
-        codes = np.stack([blocks[expert] & 0xF, blocks[expert] >> 4], axis=-1).reshape(rows, groups, 2 * half)
-        values = np.ldexp(_FP4[codes], scales[expert].astype(np.int32)[..., None] - 127)
-        out[expert] = values.reshape(rows, -1).T.astype(ml_dtypes.bfloat16)
-    return out
 
 
 class _Nothing(parts.Block):
@@ -240,14 +191,47 @@ def parameters(source: Source, family: Family, config: Any, dtype: Any = None) -
     biases stay float32.
     """
     shapes = check(source, family, config)
+    return ((path, array) for path, _, array in pieces(source, family, config, shapes, math.inf, dtype))
+
+
+def pieces(
+    source: Source, family: Family, config: Any, shapes: Mapping[str, Shape], size: float, dtype: Any = None
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """(path, first, array) of every parameter: rows first … of its first axis, in their order.
+
+    shapes: as `check` gave them. size: bytes of a piece, or one row where that is more. Nothing larger is made on the
+    way, so a wider dtype or quantised experts take no more memory than they must.
+    """
     for rule in family.rules(config):
-        tensors = [source.read(name, dtype) for name in rule.names]
-        if len({tensor.dtype for tensor in tensors}) > 1:  # as one array they would have the first one's dtype
-            target = parameter_dtype(source, rule, rule.paths[0], dtype)
-            tensors = [_cast(tensor, target, name) for tensor, name in zip(tensors, rule.names, strict=True)]
-        arrays = rule.read([shapes[path] for path in rule.paths], tensors)
-        for path, array in zip(rule.paths, arrays, strict=True):
-            yield path, _cast(array, parameter_dtype(source, rule, path, dtype), rule.names[0])
+        targets = {path: parameter_dtype(source, rule, path, dtype) for path in rule.paths}
+        rows = {path: rows_of_piece(shapes[path], targets[path].itemsize, size) for path in rule.paths}
+        step = min(rows.values()) if rule.parts > 1 else 1
+        for first in range(0, rule.parts, step):
+            last = min(first + step, rule.parts)
+            tensors = _tensors(source, rule, first, last, dtype)
+            each = [(shapes[path][0] * (last - first) // rule.parts, *shapes[path][1:]) for path in rule.paths]
+            for path, array in zip(rule.paths, rule.read(each, tensors), strict=True):
+                for begin in range(0, len(array), rows[path]):
+                    piece = array[begin : begin + rows[path]]
+                    yield path, first + begin, _cast(piece, targets[path], rule.names[0])
+
+
+def rows_of_piece(shape: Shape, itemsize: int, size: float) -> int:
+    """How many rows of an array's first axis make a piece of at most `size` bytes, at least 1."""
+    fit = size / max(1, math.prod(shape[1:]) * itemsize)
+    return max(1, int(min(fit, shape[0])))
+
+
+def _tensors(source: Source, rule: hf_tensors.Rule, first: int, last: int, dtype: Any) -> list[np.ndarray]:
+    """What the parts first … last of a rule are read from, in one dtype."""
+    each_its_own = len(rule.names) == rule.parts
+    names = rule.names[first:last] if each_its_own else rule.names
+    rows = _ALL if each_its_own else slice(first, last)
+    tensors = [source.read(name, dtype, rows) for name in names]
+    if len({tensor.dtype for tensor in tensors}) > 1:  # as one array they would have the first one's dtype
+        target = parameter_dtype(source, rule, rule.paths[0], dtype)
+        tensors = [_cast(tensor, target, name) for tensor, name in zip(tensors, names, strict=True)]
+    return tensors
 
 
 def _cast(array: np.ndarray, target: np.dtype, name: str) -> np.ndarray:
@@ -263,7 +247,13 @@ def _cast(array: np.ndarray, target: np.dtype, name: str) -> np.ndarray:
 
 
 def load(folder: str | Path, families: Mapping[str, Family], dtype: Any = jnp.float32) -> tuple[nn.Module, dict]:
-    """(model, variables) of a Hugging Face checkpoint; parameters and compute in `dtype`."""
+    """(model, variables) of a Hugging Face checkpoint; parameters and compute in `dtype`; UserError: no float's."""
+    try:
+        known = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        known = False
+    if not known:
+        raise UserError(f"dtype={dtype!r} is no float that parameters can have: give float32, bfloat16 or float16")
     source, family, config, _ = open_checkpoint(folder, families)
     found = parameters(source, family, config, dtype)
     # Copied: a view of the file would follow the file.

@@ -21,17 +21,22 @@ Arrays = Sequence[Any]
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """paths ↔ names. `shapes` gives the tensors' shapes from the parameters'; `read` the parameters from (their shapes,
-    tensors); `write` the tensors from the parameters. Arrays are numpy's."""
+    tensors); `write` the tensors from the parameters. Arrays are numpy's.
+
+    parts: so many rows of the parameters' first axis can be read apart from the others, each from a tensor of its own
+    or from the same row of the one tensor.
+    """
 
     paths: tuple[str, ...]
     names: tuple[str, ...]
     shapes: Callable[[Sequence[Shape]], Sequence[Shape]]
     read: Callable[[Sequence[Shape], Arrays], Arrays]
     write: Callable[[Arrays], Arrays]
+    parts: int = 1
 
 
-def copy(path: str, name: str, tensor_shape: Shape | None = None) -> Rule:
-    """The same numbers in the same order; `tensor_shape` where the tensor has another shape."""
+def copy(path: str, name: str, tensor_shape: Shape | None = None, parts: int = 1) -> Rule:
+    """The same numbers in the same order; `tensor_shape` where the tensor has another shape. parts: see `Rule`."""
 
     def shapes(s):
         return [tensor_shape or s[0]]
@@ -39,7 +44,7 @@ def copy(path: str, name: str, tensor_shape: Shape | None = None) -> Rule:
     def write(params):
         return [params[0].reshape(tensor_shape or params[0].shape)]
 
-    return Rule((path,), (name,), shapes, lambda s, t: [t[0].reshape(s[0])], write)
+    return Rule((path,), (name,), shapes, lambda s, t: [t[0].reshape(s[0])], write, parts)
 
 
 def flat(path: str, name: str) -> Rule:
@@ -75,8 +80,11 @@ def experts(path: str, pattern: str, count: int) -> Rule:
             row[...] = tensor.T
         return [stacked]
 
+    def write(params):
+        return [expert.T for expert in params[0]]
+
     names = tuple(pattern.format(expert) for expert in range(count))
-    return Rule((path,), names, lambda s: [(s[0][2], s[0][1])] * count, read, lambda p: [expert.T for expert in p[0]])
+    return Rule((path,), names, lambda s: [(s[0][2], s[0][1])] * count, read, write, parts=count)
 
 
 def swapped(path: str, name: str) -> Rule:
@@ -118,15 +126,16 @@ def joined(paths: Sequence[str], name: str, axis: int, *, transpose: bool = Fals
     return Rule(tuple(paths), (name,), shapes, read, lambda p: [np.concatenate(forms(p), axis=axis)])
 
 
-def interleaved(paths: tuple[str, str], name: str) -> Rule:
-    """Two parameters (…, F) that take turns on the last axis of one tensor (…, 2F)."""
+def interleaved(paths: tuple[str, str], name: str, parts: int = 1) -> Rule:
+    """Two parameters (…, F) that take turns on the last axis of one tensor (…, 2F). parts: see `Rule`."""
+
+    def shapes(s):
+        return [(*s[0][:-1], 2 * s[0][-1])]
 
     def write(params):
         return [np.stack(list(params), axis=-1).reshape(*params[0].shape[:-1], -1)]
 
-    return Rule(
-        paths, (name,), lambda s: [(*s[0][:-1], 2 * s[0][-1])], lambda s, t: [t[0][..., ::2], t[0][..., 1::2]], write
-    )
+    return Rule(paths, (name,), shapes, lambda s, t: [t[0][..., ::2], t[0][..., 1::2]], write, parts)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

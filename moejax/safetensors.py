@@ -7,6 +7,7 @@ neither for numpy: `save_file` wants all tensors of a shard at once, and float8 
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from moejax.errors import UserError
+from moejax.errors import UserError, reading
 
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -30,13 +31,13 @@ class Shard:
     """One file, open for reading. `tensors` maps each name to its (dtype name, shape).
 
     Raises:
-      UserError: the file is no safetensors file, is cut short, or holds a dtype that isn't known.
+      UserError: the file can't be read, is no safetensors file, is cut short, or holds a dtype that isn't known.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with reading(path), open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
             if length > size - 8:
                 raise UserError(f"{path} is cut short or is no safetensors file: its header does not fit into it")
@@ -67,7 +68,8 @@ class Shard:
         begin, end = self._places[name]
         if begin == end:
             return np.zeros(shape, DTYPES[dtype])
-        raw = np.memmap(self.path, np.uint8, "r", self._start + begin, (end - begin,))
+        with reading(self.path):
+            raw = np.memmap(self.path, np.uint8, "r", self._start + begin, (end - begin,))
         return raw.view(DTYPES[dtype]).reshape(shape)
 
 
@@ -89,7 +91,11 @@ def open_folder(folder: Path) -> dict[str, Shard]:
     """
     if (folder / INDEX).is_file():
         try:
-            where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            with reading(folder / INDEX):
+                text = (folder / INDEX).read_text(encoding="utf-8")
+            where = json.loads(text)["weight_map"]
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder / INDEX} can't be read: it needs a `weight_map`") from error
         if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):

@@ -21,6 +21,7 @@ from moejax.errors import UserError
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 _INVALID = re.compile("([\udc80-\udcff]+)")  # What bytes that are not UTF-8 become under surrogateescape.
 _PIECE_CHARS = 1 << 20
+_CONTEXT = 256  # tokens of a context that are looked at: more than a character's bytes
 
 
 class Tokenizer(Protocol):
@@ -139,6 +140,14 @@ class FileTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         kept = [i for i in map(int, ids) if i != self.end_of_document]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def decode_after(tokenizer: Tokenizer, context: Sequence[int], ids: Sequence[int]) -> str:
+    """Text of `ids` where they follow `context`. Alone they would be a text of their own, of which decoders in the way
+    of SentencePiece drop the first space."""
+    context = list(context)[-_CONTEXT:]
+    before, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids)
 
 
 def _read(path: str) -> str:

@@ -108,6 +108,19 @@ def test_what_cannot_be_meant_is_refused(prompts, options):
         generate.generate(*model_of("dense"), prompts, **{"max_new_tokens": 1} | options)
 
 
+@pytest.mark.parametrize("prompts", [[1, 2], ["abc"], [[1.5]], [[[1]]]])
+def test_prompts_that_are_no_lists_of_ids_are_refused(prompts):
+    with pytest.raises(UserError, match=r"a prompt is .*; give at least one list of token ids"):
+        generate.generate(*model_of("dense"), prompts, 1)
+
+
+def test_prompts_may_be_arrays():
+    rows = np.array([[5, 9, 2], [1, 60, 7]], np.int32)
+    wanted = generate.generate(*model_of("dense"), rows.tolist(), 2)
+    assert generate.generate(*model_of("dense"), rows, 2) == wanted
+    assert generate.generate(*model_of("dense"), [jnp.asarray(row) for row in rows], 2) == wanted
+
+
 @pytest.mark.parametrize("token", [-1, 10**6])
 def test_a_token_outside_the_vocabulary_is_refused(token):
     model, variables = model_of("dense")

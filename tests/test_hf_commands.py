@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -30,11 +31,12 @@ def typed(path):
 
 @pytest.fixture(scope="module")
 def imported(server):
-    """A workdir of the tiny gpt-oss, whose source has a tokenizer of 128 words beside it."""
+    """A workdir of the tiny gpt-oss, whose source has a tokenizer of 128 words in SentencePiece's way beside it."""
     source = shutil.copytree(TINY / "gpt_oss", server.folder / "source")
-    words = {f"w{i}": i for i in range(127)} | {"<|endoftext|>": 127}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words = {f"▁w{i}": i for i in range(127)} | {"<|endoftext|>": 127}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="▁w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    tokenizer.decoder = tokenizers.decoders.Metaspace()
     tokenizer.save(str(source / "tokenizer.json"))
     ended = server.run("import_hf.py", f"--source={typed(source)}", f"--workdir={typed(server.folder / 'run')}")
     assert ended.code == 0, ended.err
@@ -46,8 +48,7 @@ def test_an_imported_model_generates_with_the_tokenizer_beside_it(server, import
     options = ("--prompt=w5 w9 w11", "--max_new_tokens=4")
     first = server.run("generate.py", f"--workdir={typed(imported)}", *options)
     assert first.code == 0, first.err
-    assert first.out.startswith("w5 w9 w11")
-    assert len(first.out.removeprefix("w5 w9 w11").replace("w", " w").split()) == 4
+    assert re.fullmatch(r"w5 w9 w11( w\d+){4}\n", first.out), first.out
     more = server.folder / "prompts.txt"
     more.write_text("w7\n")
     both = server.run("generate.py", f"--workdir={imported}", *options, f"--prompt_file={more}")
@@ -83,6 +84,10 @@ from moejax.models.parts import Block
 
 ids, out = sys.argv[-2:]
 model, variables = models.load_hf("{whole}")
+if "hf_greedy.py" in sys.argv[-4]:
+    new = models.generate(model, variables, json.load(open(ids)), int(out))
+    print(json.dumps({{"transformers": "none", "new": new}}))
+    sys.exit()
 capture = lambda module, _: isinstance(module, Block)
 logits, seen = model.apply(variables, np.load(ids).astype(np.int32), capture_intermediates=capture)
 layers = model.config.num_hidden_layers
@@ -102,12 +107,24 @@ def test_verify_names_the_first_layer_that_differs(server, tmp_path):
     peer = tmp_path / "python"
     peer.write_text(PEER.format(python=f"/usr/bin/env -S PYTHONPATH={ROOT} {sys.executable}", whole=whole))
     peer.chmod(0o755)
-    same = server.run("verify_hf.py", f"--source={whole}", f"--peer_python={peer}", "--length=8")
+    options = (f"--peer_python={peer}", "--length=8", "--new_tokens=3")
+    same = server.run("verify_hf.py", f"--source={whole}", *options)
     assert same.code == 0 and "the same within 0.0001" in same.out, same.err
+    assert "greedy after 8 tokens: 3 of 3 the same\ngreedy after 4 tokens: 3 of 3 the same" in same.out
     other = server.run("verify_hf.py", f"--source={changed}", f"--peer_python={peer}", "--length=8")
     assert other.code == 1 and "the first that differs is layer_1" in other.out, other.err
     gaps = {line.split(":")[0]: float(line.split("= ")[1]) for line in other.out.splitlines() if " = " in line}
     assert gaps["layer_0"] < 1e-5 and gaps["layer_1"] > 1e-3 and gaps["logits"] > 1e-3
+
+
+def test_verify_says_that_it_was_transformers_that_refused(server, tmp_path):
+    peer = tmp_path / "python"
+    peer.write_text('#!/bin/sh\necho \'{"refused": "KeyError: of theirs", "transformers": "5.0"}\'\n')
+    peer.chmod(0o755)
+    ended = server.run("verify_hf.py", f"--source={TINY / 'mixtral'}", f"--peer_python={peer}")
+    assert ended.code == 2 and "Traceback" not in ended.err
+    line = r"error: transformers 5\.0 refuses \S+/mixtral, which moejax loads: KeyError: of theirs; nothing was"
+    assert re.search(line, ended.err), ended.err
 
 
 def test_an_imported_model_is_evaluated_on_a_text_that_is_named(server, imported):

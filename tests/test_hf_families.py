@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cached_decode import Cached
 
 from moejax import hf_export, hf_import, hf_tensors, models, safetensors
 
@@ -44,22 +45,16 @@ def test_logits_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_and_cached_decode_are_the_full_forward_at_every_position(name):
-    """Row 0 is padded: its prompt has 4 tokens, row 1's has 7. Windows (4 in gpt-oss) are shorter than the sequence."""
+    """Row 0 is padded: its prompt has 4 tokens, row 1's has 7. Windows (4 in gpt-oss) are shorter than the sequence.
+
+    Then 20 greedy tokens more, which are those of transformers (hf_variants.py made greedy.json).
+    """
     model, variables, tokens, _, full = loaded(name)
-    lengths = np.array([4, 7])
-    step = jax.jit(functools.partial(model.apply, mode="generate", cache_length=16, mutable=["cache"]))
-    prompt = np.where(np.arange(7)[None, :] < lengths[:, None], tokens[:, :7], 0)
-    positions = np.broadcast_to(np.arange(7, dtype=np.int32), prompt.shape)
-    real = (np.arange(7)[None, :] < lengths[:, None]).astype(np.int32)
-    logits, cache = step(variables, prompt, positions, real)
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * np.std(full))
-    for row, length in enumerate(lengths):
-        close(logits[row, :length], full[row, :length])
-    for offset in range(5):
-        at = (lengths + offset)[:, None].astype(np.int32)
-        token = np.take_along_axis(tokens, at, axis=1)
-        logits, cache = step(variables | cache, token, at, np.ones_like(at))
-        close(logits[:, 0], np.take_along_axis(full, at[..., None], axis=1)[:, 0])
+    cached = Cached(model, variables, tokens, (4, 7), 32)
+    state = cached.check(full, 1e-5)
+    told = json.loads((TINY / name / "greedy.json").read_text())
+    assert told["prompts"] == [tokens[0, :9].tolist(), tokens[1, :12].tolist()]
+    assert cached.greedy(state, 20) == told["new"]
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe"])

@@ -80,7 +80,7 @@ def test_a_failed_import_leaves_no_checkpoint(tmp_path):
 
 
 def test_arrays_larger_than_a_piece_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf_checkpoint, "CHUNK_BYTES", 512)
+    monkeypatch.setattr(hf_checkpoint, "PIECE_BYTES", 4096)
     hf_checkpoint.convert(TINY / "mixtral", tmp_path, models.FAMILIES, "bfloat16")
     found = hf_tensors.flatten(checkpoint.restore(tmp_path).trees)
     _, variables = models.load_hf(TINY / "mixtral", jnp.bfloat16)
@@ -319,6 +319,12 @@ def test_a_malformed_index_is_refused_by_its_file(tmp_path, where):
     refused(folder, str(folder / safetensors.INDEX), "`weight_map` must be an object, a file's name for each tensor")
 
 
+@pytest.mark.parametrize("dtype", ["float8", "int32", jnp.int32])
+def test_parameters_are_floats(dtype):
+    with pytest.raises(UserError, match="is no float that parameters can have"):
+        models.load_hf(TINY / "olmoe", dtype)
+
+
 def test_damaged_files_are_refused_by_name(tmp_path):
     refused(tmp_path, "no config.json")
     folder = copy(tmp_path, "olmoe")
@@ -332,6 +338,9 @@ def test_damaged_files_are_refused_by_name(tmp_path):
     refused(folder, "F3X", "can't be held")
     file.unlink()
     refused(folder, "no safetensors files")
+    (folder / "model-1.safetensors").symlink_to(folder / "gone")  # as a cache of downloads that lost a file
+    refused(folder, "model-1.safetensors can't be read (No such file or directory)")
+    (folder / "model-1.safetensors").unlink()
     (folder / safetensors.INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     refused(folder, "lacks 1 of 1 shards", "model-00001-of-00002.safetensors")
 

@@ -53,6 +53,29 @@ def test_byte_level_bpe_keeps_every_byte(bpe, document):
         assert tokenizer.decode(ids) == document.decode("utf-8", "replace")
 
 
+def llama_like(sentencepiece_like):
+    """The same pieces, decoded as Llama's tokenizer.json says it: spaces first, the first one stripped last."""
+    tokenizer = hf.Tokenizer.from_str(sentencepiece_like.text)
+    spaces, strip = hf.decoders.Replace("▁", " "), hf.decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = hf.decoders.Sequence([spaces, hf.decoders.ByteFallback(), hf.decoders.Fuse(), strip])
+    return tokenizers.FileTokenizer("llama", tokenizer.to_str())
+
+
+@pytest.mark.parametrize("decoder", [lambda t: t, llama_like])
+def test_what_follows_a_prompt_keeps_its_first_space(sentencepiece_like, decoder):
+    tokenizer = decoder(sentencepiece_like)
+    prompt, new = tokenizer.encode("de f"), tokenizer.encode("de")
+    assert tokenizer.decode(new) == "de"
+    assert tokenizers.decode_after(tokenizer, prompt, new) == " de"
+    assert tokenizers.decode_after(tokenizer, [], new) == "de"
+    assert tokenizers.decode_after(tokenizer, prompt, []) == ""
+    # bytes of a character that the prompt ends with, and of one that isn't whole yet
+    ids = tokenizer.encode("中文")[-6:]
+    assert tokenizers.decode_after(tokenizer, ids[:3], ids[3:]) == "文"
+    assert tokenizers.decode_after(tokenizer, [*prompt, *ids[:3]], ids[3:5]).rstrip("\ufffd") == ""
+    assert tokenizers.decode_after(tokenizers.ByteTokenizer(), [65], [32, 66]) == " B"
+
+
 def test_bpe_merges_and_batches_as_one_by_one(bpe):
     assert bpe.vocab_size == 280
     assert bpe.byte_lengths.max() > 1

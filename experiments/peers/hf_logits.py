@@ -3,7 +3,8 @@
   PEER_PYTHON experiments/peers/hf_logits.py DIR INPUT_IDS.npy OUT
 
 Writes OUT/logits.npy (B, L, V), OUT/layer_0.npy … (B, L, D), each layer's output, and OUT/peer.json; all float32, CPU,
-eager attention. It stands alone: torch and transformers are not moejax's.
+eager attention; or prints {"refused": why} where transformers doesn't take the checkpoint. It stands alone: torch and
+transformers are not moejax's.
 """
 
 import json
@@ -16,6 +17,14 @@ import transformers
 
 
 def main(folder: str, ids: str, out: str) -> None:
+    try:
+        compute(folder, ids, Path(out))
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        print(json.dumps({"refused": why, "transformers": transformers.__version__}))
+
+
+def compute(folder: str, ids: str, target: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -31,7 +40,6 @@ def main(folder: str, ids: str, out: str) -> None:
         layer.register_forward_hook(keep)
     with torch.no_grad():
         logits = model(torch.from_numpy(np.load(ids)), use_cache=False).logits.float().numpy()
-    target = Path(out)
     np.save(target / "logits.npy", logits)
     for i, hidden in enumerate(outputs):
         np.save(target / f"layer_{i}.npy", hidden)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from moejax import hf_import
@@ -25,7 +26,9 @@ from moejax.models import (
     grok,
     llama4,
     mixtral,
+    mla,
     olmoe,
+    parts,
     qwen2_moe,
     qwen3_moe,
 )  # fmt: skip
@@ -85,3 +88,39 @@ def count(name: str, family: Family, config: Any) -> Preset:
         active += size * used // all_experts if routed else size
     table = 0 if config.tie_word_embeddings else math.prod(leaves["params/embedding"].shape)
     return Preset(name, family.name, total, active, table)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentCache:
+    """Bytes that the cache of a preset with latent attention takes for each token, over all layers, counted from the
+    arrays; and what full keys and values of the same heads would take."""
+
+    name: str
+    latent: int
+    full: int
+
+    @property
+    def saved(self) -> float:
+        """The share of `full` that is not needed."""
+        return 1 - self.latent / self.full
+
+
+def latent_caches(length: int = 131072, dtype: Any = jnp.bfloat16) -> list[LatentCache]:
+    """One of each preset with latent attention, from caches of `length` places; nothing is allocated."""
+    found = []
+    for family in FAMILIES.values():
+        for name, config in family.presets.items() if issubclass(family.model.block, deepseek_v2.Block) else ():
+            layer = mla.cache_bytes(layer_cache(family, config, length, dtype)) // length
+            values = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+            full = config.num_attention_heads * values * jnp.dtype(dtype).itemsize
+            found.append(LatentCache(name, layer * config.num_hidden_layers, full * config.num_hidden_layers))
+    return found
+
+
+def layer_cache(family: Family, config: Any, length: int, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
+    """The cache of a config's first layer for one sequence of `length` places, as shapes."""
+    block = family.model.block(config, 0, jnp.dtype(dtype))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    inputs = parts.Inputs(tokens, tokens, tokens + 1, "generate", length)
+    x = jnp.zeros((1, 1, config.hidden_size), dtype)
+    return jax.eval_shape(block.init, jax.random.key(0), x, inputs)["cache"]

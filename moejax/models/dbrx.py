@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from moejax import hf_config, hf_tensors, rope
 from moejax.config import MoEConfig
+from moejax.errors import UserError
 from moejax.models import family, parts
 from moejax.moe import MoE
 from moejax.rope import Rope
@@ -117,16 +118,8 @@ def rules(config: DbrxConfig) -> list[hf_tensors.Rule]:
     return found
 
 
-# What transformers writes into the two inner configs beside what they say.
-_INNER = frozenset({
-    "_name_or_path", "architectures", "attn_pdrop", "chunk_size_feed_forward", "dtype", "hidden_size", "id2label",
-    "is_encoder_decoder", "label2id", "model_type", "output_attentions", "output_hidden_states", "problem_type",
-    "return_dict", "torch_dtype",
-})  # fmt: skip
-
-
 def read(raw: dict[str, Any]) -> dict[str, Any]:
-    """The two inner configs taken apart into one.
+    """The two inner configs taken apart into one, without what transformers writes into any config.
 
     The rotary base: `rope_parameters` where it is given, as transformers 5 takes it; else attn_config's `rope_theta`.
     """
@@ -136,7 +129,10 @@ def read(raw: dict[str, Any]) -> dict[str, Any]:
     if theta is not None and not raw.get("rope_parameters"):
         raw["rope_theta"] = theta
     activation = hf_config.inner(ffn, "ffn_act_fn") or {"name": "silu"}
-    inner = {key: value for key, value in (attention | ffn).items() if key not in _INNER}
+    width = ffn.pop("hidden_size", None)
+    if width is not None and width != raw.get("d_model", width):
+        raise UserError(f"config.json: ffn_config's hidden_size={width} is not d_model={raw['d_model']}: give one")
+    inner = {key: value for key, value in (attention | ffn).items() if key not in hf_config.HARMLESS}
     return raw | inner | {"ffn_act_fn": activation.get("name")}
 
 
@@ -165,7 +161,11 @@ FAMILY = family.Family(
     },
     aliases={"num_key_value_heads": "kv_n_heads"},
     fixed={"ffn_act_fn": ("silu",), "tie_word_embeddings": (False,)},
-    harmless=frozenset({"resid_pdrop", "emb_pdrop", "router_aux_loss_coef"}),
+    harmless={
+        **dict.fromkeys(("resid_pdrop", "emb_pdrop", "attn_pdrop"), hf_config.DROPOUT),
+        "moe_loss_weight": hf_config.LOSSES,
+        "max_seq_len": hf_config.HARMLESS["max_position_embeddings"],
+    },
     read=read,
     write=write,
 )  # fmt: skip

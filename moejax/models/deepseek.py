@@ -10,7 +10,7 @@ import flax.linen as nn
 from moejax import hf_tensors, layers, rope
 from moejax.config import MoEConfig
 from moejax.errors import UserError
-from moejax.models import family, parts
+from moejax.models import deepseek_v2, family, parts
 from moejax.moe import MoE
 from moejax.rope import Rope
 
@@ -124,6 +124,6 @@ FAMILY = family.Family(
         )
     },
     fixed={"hidden_act": ("silu",), "scoring_func": ("softmax",)},
-    harmless=frozenset({"seq_aux", "pretraining_tp"}),
+    harmless={name: deepseek_v2.HARMLESS[name] for name in ("aux_loss_alpha", "seq_aux", "pretraining_tp")},
     zero=frozenset({"first_k_dense_replace", "n_shared_experts"}),
 )  # fmt: skip

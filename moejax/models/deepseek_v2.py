@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 import flax.linen as nn
 
-from moejax import hf_tensors, layers
+from moejax import hf_config, hf_tensors, layers
 from moejax.config import MoEConfig
+from moejax.errors import UserError
 from moejax.models import family, parts
 from moejax.models.mla import LatentAttention
 from moejax.moe import MoE
@@ -43,6 +44,9 @@ class DeepseekV2Config:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
 
+    def __post_init__(self):
+        check_heads(self)
+
     def sparse(self, layer: int) -> bool:
         """Whether a layer's FFN is sparse."""
         return layer >= self.first_k_dense_replace
@@ -58,6 +62,14 @@ class DeepseekV2Config:
             experts_per_token=self.num_experts_per_tok,
             shared_experts=self.n_shared_experts,
         )
+
+
+def check_heads(config: Any) -> None:
+    """UserError where config.json names fewer heads of keys: the latent attention of V2 and V3 has no such groups."""
+    kv, heads = config.num_key_value_heads, config.num_attention_heads
+    if kv not in (None, heads):
+        raise UserError(f"config.json: num_key_value_heads={kv} is not supported; latent attention has as many as "
+                        f"num_attention_heads={heads}")  # fmt: skip
 
 
 class Block(parts.Block):
@@ -132,10 +144,14 @@ def rules(config: DeepseekV2Config) -> list[hf_tensors.Rule]:
     return found
 
 
-def read(raw: dict[str, Any]) -> dict[str, Any]:
-    """Drops widths that follow from others: transformers 5 writes them out."""
-    return {key: value for key, value in raw.items() if key not in ("head_dim", "qk_head_dim")}
-
+HARMLESS = {
+    "aux_loss_alpha": hf_config.LOSSES,
+    "seq_aux": "whether these losses are taken per sequence",
+    "pretraining_tp": "how many devices shared a matrix",
+    "ep_size": "how many devices shared the experts",
+    "head_dim": "a width that follows from others",
+    "qk_head_dim": "a width that follows from others",
+}
 
 _YARN = Rope(
     10000.0, "yarn", 40.0, 4096, beta_fast=32.0, beta_slow=1.0, mscale=0.707, mscale_all_dim=0.707
@@ -165,7 +181,6 @@ FAMILY = family.Family(
         "hidden_act": ("silu",), "norm_topk_prob": (False,), "scoring_func": ("softmax",), "moe_layer_freq": (1,),
         "mlp_bias": (False,),
     },
-    harmless=frozenset({"aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size"}),
+    harmless=HARMLESS,
     zero=frozenset({"first_k_dense_replace", "n_shared_experts"}),
-    read=read,
 )  # fmt: skip

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Collection
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -46,6 +45,9 @@ class DeepseekV3Config:
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 4096
+
+    def __post_init__(self):
+        deepseek_v2.check_heads(self)
 
     def sparse(self, layer: int) -> bool:
         """Whether a layer's FFN is sparse."""
@@ -144,12 +146,6 @@ def duplicates(config: DeepseekV3Config) -> dict[str, str]:
     return found
 
 
-def read(raw: dict[str, Any]) -> dict[str, Any]:
-    """Drops widths that follow from others and how the weights are stored; Kimi K2's name for the same thing."""
-    skipped = ("head_dim", "qk_head_dim", "quantization_config")
-    return {key: value for key, value in raw.items() if key not in skipped}
-
-
 FAMILY = family.Family(
     name="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
@@ -175,9 +171,8 @@ FAMILY = family.Family(
     fixed={
         "hidden_act": ("silu",), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,),
     },
-    harmless=frozenset({"aux_loss_alpha", "seq_aux", "pretraining_tp", "ep_size"}),
+    harmless=deepseek_v2.HARMLESS | {"quantization_config": "how the weights are stored, which the tensors say"},
     zero=frozenset({"first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"}),
-    read=read,
     reconcile=reconcile,
     duplicates=duplicates,
 )  # fmt: skip

@@ -14,11 +14,12 @@ class Family:
     """One published architecture.
 
     name: its `model_type`. architecture: transformers' class. config: the dataclass of its config.json. rules: the
-    tensors of a config's parameters. presets: published sizes by name. aliases, fixed, harmless, zero: see
-    `hf_config.parse`. ignored: a regular expression of tensor names that hold no parameter. wrapped: architectures that
-    hold this one inside, its tensors under `prefix`. reconcile: the config for the tensors that are there, where some
-    may be absent. duplicates: tensors that repeat another, by name. Where config.json nests, `read` turns it into the
-    flat form that `config` has, and `write` turns it back.
+    tensors of a config's parameters. presets: published sizes by name. aliases, fixed, zero: see `hf_config.parse`.
+    harmless: keys of config.json that change nothing, each with the reason. ignored: a regular expression of tensor
+    names that hold no parameter. wrapped: architectures that hold this one inside, its tensors under `prefix`.
+    reconcile: the config for the tensors that are there, where some may be absent. duplicates: tensors that repeat
+    another, by name. Where config.json nests, `read` turns it into the flat form that `config` has, and `write` turns
+    it back.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Family:
     presets: Mapping[str, Any]
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    harmless: frozenset[str] = frozenset()
+    harmless: Mapping[str, str] = dataclasses.field(default_factory=dict)
     zero: frozenset[str] = frozenset()
     ignored: str = r".*rotary_emb\.inv_freq"
     wrapped: tuple[str, ...] = ()

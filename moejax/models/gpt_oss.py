@@ -143,15 +143,15 @@ def rules(config: GptOssConfig) -> list[hf_tensors.Rule]:
         found += [hf_tensors.copy(f"{ours}/moe/router_bias", f"{theirs}.mlp.router.bias")]
         for suffix, their in (("", ""), ("_bias", "_bias")):
             pair = (f"{ours}/moe/gate{suffix}", f"{ours}/moe/up{suffix}")
-            found += [hf_tensors.interleaved(pair, f"{theirs}.mlp.experts.gate_up_proj{their}")]
-            found += [hf_tensors.copy(f"{ours}/moe/down{suffix}", f"{theirs}.mlp.experts.down_proj{their}")]
+            its, E = f"{theirs}.mlp.experts", config.num_local_experts
+            found += [hf_tensors.interleaved(pair, f"{its}.gate_up_proj{their}", E)]
+            found += [hf_tensors.copy(f"{ours}/moe/down{suffix}", f"{its}.down_proj{their}", parts=E)]
     return found
 
 
 def read(raw: dict[str, Any]) -> dict[str, Any]:
-    """Drops how the weights are stored, and a context length that the rotary settings say too."""
+    """Drops a context length that the rotary settings say too."""
     raw = dict(raw)
-    raw.pop("quantization_config", None)
     context = raw.pop("initial_context_length", None)
     for spelling in ("rope_scaling", "rope_parameters"):
         if context is not None and raw.get(spelling):
@@ -171,5 +171,6 @@ FAMILY = family.Family(
     },
     aliases={"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"},
     fixed={"hidden_act": ("silu",)},
+    harmless={"quantization_config": "how the weights are stored, which the tensors say"},
     read=read,
 )

@@ -187,7 +187,12 @@ FAMILY = family.Family(
     },
     aliases={"num_experts": "num_local_experts"},
     fixed={"hidden_act": ("silu",)},
-    harmless=frozenset({"for_llm_compressor", "cache_implementation", "_attn_implementation_autoset"}),
+    harmless={
+        "for_llm_compressor": "of a tool",
+        "cache_implementation": "of transformers' cache",
+        "_attn_implementation_autoset": "of transformers' attention",
+        "router_jitter_noise": "no code applies it, transformers' neither",
+    },
     ignored=r".*rotary_emb\.inv_freq|(model\.)?(vision_model|multi_modal_projector)\..*",
     wrapped=("Llama4ForConditionalGeneration",),
     prefix="language_model.",

@@ -125,7 +125,7 @@ FAMILY = family.Family(
     },
     aliases={"num_local_experts": "num_experts"},
     fixed={"hidden_act": ("silu",)},
-    harmless=frozenset({"max_window_layers"}),
+    harmless={"max_window_layers": "all layers have the window, in transformers too"},
     zero=frozenset({"num_experts"}),
     read=family.without_unused_window,
 )  # fmt: skip
