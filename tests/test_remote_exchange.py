@@ -130,11 +130,15 @@ def there_and_back(x, y, experts):
     return jnp.where(real, came, 0), real, remote_exchange.collect(y, routes, axis="expert")
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(128, jnp.float32), (384, jnp.bfloat16)])
-def test_pieces_of_rows_in_the_interpreter(width, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("width", "dtype", "aside"), [(128, jnp.float32, False), (384, jnp.bfloat16, False), (384, jnp.bfloat16, True)]
+)
+def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch):
     """It knows no remote references and no semaphores: here every device's memory is its own. Three blocks and two or
-    more pieces a row, so that blocks take several pieces of several rows."""
+    more pieces a row, so that blocks take several pieces of several rows. aside: two warpgroups a block, one call."""
     monkeypatch.setattr(mosaic_gpu, "BLOCKS", 3)
+    monkeypatch.setattr(mosaic_gpu, "SPARE", 3)
+    monkeypatch.setattr(mosaic_gpu, "_BESIDE", 2)
     monkeypatch.setattr(mosaic_gpu, "_WIDEST", 256)
     monkeypatch.setattr(plgpu, "remote_ref", lambda ref, device: ref)
     for name, put in {"get_global": lambda what: None, "semaphore_signal": None, "semaphore_wait": None}.items():
@@ -145,6 +149,9 @@ def test_pieces_of_rows_in_the_interpreter(width, dtype, monkeypatch):
     places = jnp.array([[0, 6], [7, 7], [2, 7], [7, 3], [1, 1]], jnp.int32)
 
     def both(x, y, source, places):
+        if aside:
+            rows = mosaic_gpu.both(x, source, y, places, "expert")
+            return rows[:7], rows[7:]
         return mosaic_gpu.send(x, source, "expert"), mosaic_gpu.collect(y, places, "expert")
 
     mesh = jax.make_mesh((2,), ("expert",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
@@ -167,6 +174,43 @@ def test_the_kernels_lower_and_use_no_multicast(monkeypatch):
     assert not re.search("symmetric_memory_parameters|multi(mem|cast)", text)
 
 
+def beside(x, y, experts):
+    """`there_and_back` on the stream of collectives, by one call, and the gradients of both ways."""
+    devices, rows = jax.lax.axis_size("expert"), y.shape[0]
+    everyone = jax.lax.all_gather(experts, "expert", tiled=True)
+    routes = remote_exchange.routes(everyone, jax.lax.axis_index("expert"), mine=2, devices=devices, rows=rows)
+    real = (routes.source < everyone.shape[0])[:, None]
+
+    def run(x, y):
+        came, home = remote_exchange.send_and_collect(x, routes, y, routes, axis="expert")
+        return jnp.where(real, came, 0), home
+
+    (came, home), pull = jax.vjp(run, x, y)
+    dx, dy = pull((came, home))
+    return came, real, home, dx, jnp.where(real, dy, 0)
+
+
+def test_one_call_for_both_ways_is_the_two_and_so_are_its_gradients(monkeypatch):
+    emulated_remote.install(monkeypatch)
+    args = operands(4, 6, 4, 9, jnp.float32)
+    came, real, home = over(4)(there_and_back)(*args)
+    got = over(4)(beside)(*args)
+    assert all((a == b).all() for a, b in zip((came, real, home), got[:3], strict=True))
+    back = over(4)(there_and_back)(home, came, args[2])  # gradients: rows fetched of what came, sent of what is home
+    np.testing.assert_array_equal(got[3], back[2])
+    np.testing.assert_array_equal(got[4], back[0])
+
+
+def test_beside_products_they_lower_for_the_stream_of_collectives_and_their_own_multiprocessors(monkeypatch):
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+    args = operands(4, 64, 256, 128, jnp.bfloat16)
+    text = over(4)(beside).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r'call @compute_on.*_xla_stream_annotation = "collective"', text)
+    assert len(calls) == 2  # forward and backward
+    assert text.count("uses_xla_collective_metadata = true") == 2
+    assert not re.search("symmetric_memory_parameters|multi(mem|cast)", text)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif("jax.default_backend() != 'gpu' or len(jax.devices()) < 2")
 @pytest.mark.parametrize(("tokens", "width", "rows"), [(500, 128, 900), (300, 2048, 100), (1, 7168, 4)])
@@ -178,9 +222,23 @@ def test_on_the_gpus_of_a_host(tokens, width, rows, monkeypatch):
     for _ in range(2):
         again = over(devices)(there_and_back)(*args)
         assert all((a == b).all() for a, b in zip(got, again, strict=True))
+    asides = over(devices)(beside)(*args)
+    assert all((a == b).all() for a, b in zip(got, asides[:3], strict=True))
     emulated_remote.install(monkeypatch)
     wanted = over(devices)(there_and_back)(*args)
     assert all((a == b).all() for a, b in zip(got, wanted, strict=True))
+    assert all((a == b).all() for a, b in zip(asides, over(devices)(beside)(*args), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("jax.default_backend() != 'gpu'")
+def test_on_one_gpu_rows_are_exchanged_with_itself(monkeypatch):
+    """By references that aren't remote; on the stream of collectives too, by blocks of several warpgroups."""
+    args = operands(1, 300, 2048, 400, jnp.bfloat16)
+    got = over(1)(there_and_back)(*args), over(1)(beside)(*args)
+    emulated_remote.install(monkeypatch)
+    wanted = over(1)(there_and_back)(*args), over(1)(beside)(*args)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True))
 
 
 def test_off_gpu_it_says_so():

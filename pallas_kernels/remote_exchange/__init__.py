@@ -1,11 +1,14 @@
 """Rows between the GPUs of one host by remote references alone: no collective library and no multicast.
 
     routes(experts, …) -> Routes;  send(x, routes) -> rows on their devices;  collect(rows, routes) -> sums at home
+    send_and_collect(x, to, y, back) -> both, of two sets of routes
 
 Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, R rows that a device has
 room for. A token with several experts on one device goes there once.
 
-`send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient.
+They are called inside a shard_map over the axis; `send` and `collect` are each other's gradients. With `beside` they
+run on XLA's stream of collectives, in the room that kernels with `spare` multiprocessors leave them, as
+`send_and_collect` always does: in one call, so that both run beside the same products.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels.remote_exchange import mosaic_gpu
 from pallas_kernels.vary import vary_alike
 
-__all__ = ["Routes", "arrivals", "collect", "routes", "send", "why_not"]
+__all__ = ["Routes", "arrivals", "collect", "routes", "send", "send_and_collect", "why_not"]
 
 
 @jax.tree_util.register_dataclass
@@ -61,28 +64,31 @@ def arrivals(going: jax.Array, rows: int) -> jax.Array:
     return jnp.where(going & (before < rows), before, rows)
 
 
-def send(x: jax.Array, routes: Routes, *, axis: str) -> jax.Array:
+def send(x: jax.Array, routes: Routes, *, axis: str, beside: bool = False) -> jax.Array:
     """x (T, D) -> (R, D): the rows that all devices have for this one, `routes.source` of all tokens.
 
     Rows past those are undefined: they hold what the memory held. Differentiable in x. Raises NotImplementedError where
     `why_not` has a reason.
     """
-    if x.shape[:1] != routes.places.shape[:1]:
-        raise ValueError(f"send: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
-    _check("send", x, routes, axis)
-    return _send(axis, *vary_alike(x, routes))
+    _check_send(x, routes, axis)
+    return _send(axis, beside, *vary_alike(x, routes))
 
 
-def collect(y: jax.Array, routes: Routes, *, axis: str) -> jax.Array:
+def collect(y: jax.Array, routes: Routes, *, axis: str, beside: bool = False) -> jax.Array:
     """y (R, D) -> (T, D): Σ_s y of device s [places[:, s]], in float32 over s in order, in y's dtype at the end.
 
     Tokens that went nowhere come out zero. Differentiable in y; the gradient of rows past those that came is undefined,
     as `send`'s. Errors as `send`'s.
     """
-    if y.shape[:1] != routes.source.shape:
-        raise ValueError(f"collect: y has {y.shape[0]} rows and source {routes.source.shape[0]}; give both the same")
-    _check("collect", y, routes, axis)
-    return _collect(axis, *vary_alike(y, routes))
+    _check_collect(y, routes, axis)
+    return _collect(axis, beside, *vary_alike(y, routes))
+
+
+def send_and_collect(x: jax.Array, to: Routes, y: jax.Array, back: Routes, *, axis: str) -> tuple[jax.Array, jax.Array]:
+    """(send(x, to), collect(y, back)), beside other kernels; its gradient is such a call too. Errors as theirs."""
+    _check_send(x, to, axis)
+    _check_collect(y, back, axis)
+    return _both(axis, *vary_alike(x, to, y, back))
 
 
 def why_not(rows) -> str | None:
@@ -90,26 +96,62 @@ def why_not(rows) -> str | None:
     return mosaic_gpu.why_not(rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send(axis, x, routes):
-    return mosaic_gpu.send(x, routes.source, axis)
+def _run(function, axis, beside, *args):
+    run = functools.partial(function, axis=axis, beside=beside)
+    return mosaic_gpu.on_collectives_stream(run)(*args) if beside else run(*args)
+
+
+def _run_both(axis, x, source, y, places):
+    rows = mosaic_gpu.on_collectives_stream(functools.partial(mosaic_gpu.both, axis=axis))(x, source, y, places)
+    return rows[: source.shape[0]], rows[source.shape[0] :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send(axis, beside, x, routes):
+    return _run(mosaic_gpu.send, axis, beside, x, routes.source)
 
 
 _send.defvjp(
-    lambda axis, x, routes: (mosaic_gpu.send(x, routes.source, axis), routes),
-    lambda axis, routes, grad: (mosaic_gpu.collect(grad, routes.places, axis), None),
+    lambda axis, beside, x, routes: (_send(axis, beside, x, routes), routes),
+    lambda axis, beside, routes, grad: (_run(mosaic_gpu.collect, axis, beside, grad, routes.places), None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _collect(axis, beside, y, routes):
+    return _run(mosaic_gpu.collect, axis, beside, y, routes.places)
+
+
+_collect.defvjp(
+    lambda axis, beside, y, routes: (_collect(axis, beside, y, routes), routes),
+    lambda axis, beside, routes, grad: (_run(mosaic_gpu.send, axis, beside, grad, routes.source), None),
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect(axis, y, routes):
-    return mosaic_gpu.collect(y, routes.places, axis)
+def _both(axis, x, to, y, back):
+    return _run_both(axis, x, to.source, y, back.places)
 
 
-_collect.defvjp(
-    lambda axis, y, routes: (mosaic_gpu.collect(y, routes.places, axis), routes),
-    lambda axis, routes, grad: (mosaic_gpu.send(grad, routes.source, axis), None),
-)
+def _both_backward(axis, routes, grads):
+    (to, back), (of_came, of_home) = routes, grads
+    dy, dx = _run_both(axis, of_home, back.source, of_came, to.places)
+    return dx, None, dy, None
+
+
+_both.defvjp(lambda axis, x, to, y, back: (_both(axis, x, to, y, back), (to, back)), _both_backward)
+
+
+def _check_send(x, routes, axis) -> None:
+    if x.shape[:1] != routes.places.shape[:1]:
+        raise ValueError(f"send: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
+    _check("send", x, routes, axis)
+
+
+def _check_collect(y, routes, axis) -> None:
+    if y.shape[:1] != routes.source.shape:
+        raise ValueError(f"collect: y has {y.shape[0]} rows and source {routes.source.shape[0]}; give both the same")
+    _check("collect", y, routes, axis)
 
 
 def _check(what, rows, routes, axis) -> None:
