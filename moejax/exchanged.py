@@ -73,22 +73,22 @@ def split(x, decision, chunks: int) -> list[tuple[jax.Array, Any]]:
 def pipelined(way: "Way", parts: list) -> list[tuple[jax.Array, jax.Array | None]]:
     """(y, overflow) of every part (x, decision).
 
-    While the experts work on part i, part i + 1 is sent and part i − 1 fetched: neither needs anything of i. That part
-    i + 2 isn't sent before part i is done is said by `send_and_fetch`: all of them sent at once would have nothing to
-    run beside, and room for all of them would be needed.
+    While the experts work on part i, part i + 1 comes and what is done of part i − 1 goes home: neither needs anything
+    of i. After each such stage all of it must be there before the next begins, which XLA has to be told: it would send
+    all parts at once, with nothing to run beside and room for all of them, and fetch all at the end.
     """
     planned = [way.plan(*part) for part in parts]
-    came = [way.send(*plan) for plan in planned[:2]]
-    results = []
+    came: list = [way.send(*plan) for plan in planned[:2]]
+    home: list = []
     for i, (_, state) in enumerate(planned):
         done = way.work(came[i], state)
-        if i + 2 < len(planned):
-            following, home = way.send_and_fetch(*planned[i + 2], done, state)
-            came.append(following)
-        else:
-            home = way.fetch(done, state)
-        results.append(way.finish(home, state))
-    return results
+        following = [out for out, _ in planned[i + 2 : i + 3]]
+        if len(parts) > 1:
+            stage = done, came[i + 1 :], home[-1:], following
+            done, came[i + 1 :], home[-1:], following = way.all_there(stage)
+        came += [way.send(out, planned[i + 2][1]) for out in following]
+        home.append(way.fetch(done, state))
+    return [way.finish(rows, state) for rows, (_, state) in zip(home, planned, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +130,9 @@ class Way:
         """(y (T, D), choices of this device without room () i32)."""
         raise NotImplementedError
 
-    def send_and_fetch(self, out, state, done, before):
-        """(send(out, state), fetch(done, before)), neither begun before `done` is there nor used before both are: a
-        scheduler would leave all that is fetched for the end, where nothing runs beside it."""
-        out, done = lax.optimization_barrier((out, done))
-        return lax.optimization_barrier((self.send(out, state), self.fetch(done, before)))
+    def all_there(self, values):
+        """The same, none of it to be used before all is computed."""
+        return lax.optimization_barrier(values)
 
 
 class Gather(Way):
@@ -220,10 +218,6 @@ class Remote(Way):
 
     def finish(self, home, state):
         return home, state[0].overflow
-
-    def send_and_fetch(self, out, state, done, before):
-        with jax.named_scope("exchange"):
-            return remote_exchange.send_and_collect(out, state[0], done, before[0], axis=exchange.AXIS)
 
 
 class Ragged(Way):

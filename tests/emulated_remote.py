@@ -11,7 +11,6 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(mosaic_gpu, "why_not", lambda rows: None)
     monkeypatch.setattr(mosaic_gpu, "send", send)
     monkeypatch.setattr(mosaic_gpu, "collect", collect)
-    monkeypatch.setattr(mosaic_gpu, "both", both)
 
 
 def send(x, source, axis, beside=False):
@@ -24,8 +23,3 @@ def collect(y, places, axis, beside=False):
     everyone = lax.all_gather(y, axis)
     found = [everyone[s].at[places[:, s]].get(mode="fill", fill_value=0) for s in range(places.shape[1])]
     return jax.tree.reduce(jnp.add, [part.astype(jnp.float32) for part in found]).astype(y.dtype)
-
-
-def both(x, source, y, places, axis):
-    """(R + T, D)."""
-    return jnp.concatenate([send(x, source, axis), collect(y, places, axis)])

@@ -72,39 +72,41 @@ def test_a_bound_is_of_a_chunk_and_what_finds_no_room_is_counted_over_all(monkey
 
 
 class Recorder(exchanged.Way):
-    """Says what is called, and adds what it depends on to every value."""
+    """Adds what is called to every value that depends on it."""
 
     def plan(self, x, decision):
         return {f"x{decision}"}, decision
 
     def send(self, out, state):
+        assert state < 2 or f"done{state - 2}" in out
         return {f"came{state}", *out}
 
+    def all_there(self, values):
+        done, *others = values
+        everything = done.union(*(value for some in others for value in some))
+        return everything, *([everything for _ in some] for some in others)
+
     def work(self, came, state):
+        before = [f"done{i}" for i in range(state)] + [f"home{i}" for i in range(state - 1)]
+        assert {name for name in came if name[0] != "x"} == {*before, *(f"came{i}" for i in range(state + 1))}
         return {f"done{state}", *came}
 
     def fetch(self, done, state):
+        assert f"done{state}" in done and f"done{state + 1}" not in done
         return {f"home{state}", *done}
 
     def finish(self, home, state):
         return home, None
 
-    def send_and_fetch(self, out, state, done, before):
-        both = {f"beside{before + 1}", *out, *done}
-        return self.send(both, state), self.fetch(both, before)
-
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 5])
-def test_what_runs_beside_a_chunks_work_neither_needs_it_nor_is_needed_by_it(chunks):
-    """Work on i needs nothing of the call that sends i + 1, nor of the one that fetches i − 1; but what is sent at
-    i + 2 waits for work on i."""
+def test_what_crosses_beside_the_work_on_a_chunk_neither_needs_it_nor_is_needed_by_it(chunks):
+    """Work on i needs all that was worked on before, and fetched of it up to i − 2: not that i − 1 is fetched, nor that
+    i + 1 is sent, which itself needs work up to i − 1 alone (asserted where it is called)."""
     way = Recorder({}, 0, None)  # type: ignore[arg-type]
     results = exchanged.pipelined(way, [(None, i) for i in range(chunks)])
     for i, (needs, _) in enumerate(results):
         assert {f"x{i}", f"came{i}", f"done{i}", f"home{i}"} <= needs
-        if chunks > 2:
-            assert (f"beside{i + 1}" in needs) == (i + 2 < chunks)  # fetched in one call with what is sent
-        assert f"done{i + 1}" not in needs and (f"done{i - 2}" in needs) == (i >= 2)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
 """Rows between the GPUs of one host by remote references alone: no collective library and no multicast.
 
     routes(experts, …) -> Routes;  send(x, routes) -> rows on their devices;  collect(rows, routes) -> sums at home
-    send_and_collect(x, to, y, back) -> both, of two sets of routes
 
 Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, R rows that a device has
 room for. A token with several experts on one device goes there once.
 
-They are called inside a shard_map over the axis; `send` and `collect` are each other's gradients. With `beside` they
-run on XLA's stream of collectives, in the room that kernels with `spare` multiprocessors leave them, as
-`send_and_collect` always does: in one call, so that both run beside the same products.
+`send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient. With `beside` they
+run on a stream of their own, in the room that expert products with as many multiprocessors to spare leave them
+(`grouped_matmul.SPARE`), and so do their gradients.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from pallas_kernels.remote_exchange import mosaic_gpu
 from pallas_kernels.vary import vary_alike
 
-__all__ = ["Routes", "arrivals", "collect", "routes", "send", "send_and_collect", "why_not"]
+__all__ = ["Routes", "arrivals", "collect", "routes", "send", "why_not"]
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +69,9 @@ def send(x: jax.Array, routes: Routes, *, axis: str, beside: bool = False) -> ja
     Rows past those are undefined: they hold what the memory held. Differentiable in x. Raises NotImplementedError where
     `why_not` has a reason.
     """
-    _check_send(x, routes, axis)
+    if x.shape[:1] != routes.places.shape[:1]:
+        raise ValueError(f"send: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
+    _check("send", x, routes, axis)
     return _send(axis, beside, *vary_alike(x, routes))
 
 
@@ -80,15 +81,10 @@ def collect(y: jax.Array, routes: Routes, *, axis: str, beside: bool = False) ->
     Tokens that went nowhere come out zero. Differentiable in y; the gradient of rows past those that came is undefined,
     as `send`'s. Errors as `send`'s.
     """
-    _check_collect(y, routes, axis)
+    if y.shape[:1] != routes.source.shape:
+        raise ValueError(f"collect: y has {y.shape[0]} rows and source {routes.source.shape[0]}; give both the same")
+    _check("collect", y, routes, axis)
     return _collect(axis, beside, *vary_alike(y, routes))
-
-
-def send_and_collect(x: jax.Array, to: Routes, y: jax.Array, back: Routes, *, axis: str) -> tuple[jax.Array, jax.Array]:
-    """(send(x, to), collect(y, back)), beside other kernels; its gradient is such a call too. Errors as theirs."""
-    _check_send(x, to, axis)
-    _check_collect(y, back, axis)
-    return _both(axis, *vary_alike(x, to, y, back))
 
 
 def why_not(rows) -> str | None:
@@ -98,12 +94,7 @@ def why_not(rows) -> str | None:
 
 def _run(function, axis, beside, *args):
     run = functools.partial(function, axis=axis, beside=beside)
-    return mosaic_gpu.on_collectives_stream(run)(*args) if beside else run(*args)
-
-
-def _run_both(axis, x, source, y, places):
-    rows = mosaic_gpu.on_collectives_stream(functools.partial(mosaic_gpu.both, axis=axis))(x, source, y, places)
-    return rows[: source.shape[0]], rows[source.shape[0] :]
+    return mosaic_gpu.on_its_stream(run)(*args) if beside else run(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -126,32 +117,6 @@ _collect.defvjp(
     lambda axis, beside, y, routes: (_collect(axis, beside, y, routes), routes),
     lambda axis, beside, routes, grad: (_run(mosaic_gpu.send, axis, beside, grad, routes.source), None),
 )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _both(axis, x, to, y, back):
-    return _run_both(axis, x, to.source, y, back.places)
-
-
-def _both_backward(axis, routes, grads):
-    (to, back), (of_came, of_home) = routes, grads
-    dy, dx = _run_both(axis, of_home, back.source, of_came, to.places)
-    return dx, None, dy, None
-
-
-_both.defvjp(lambda axis, x, to, y, back: (_both(axis, x, to, y, back), (to, back)), _both_backward)
-
-
-def _check_send(x, routes, axis) -> None:
-    if x.shape[:1] != routes.places.shape[:1]:
-        raise ValueError(f"send: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
-    _check("send", x, routes, axis)
-
-
-def _check_collect(y, routes, axis) -> None:
-    if y.shape[:1] != routes.source.shape:
-        raise ValueError(f"collect: y has {y.shape[0]} rows and source {routes.source.shape[0]}; give both the same")
-    _check("collect", y, routes, axis)
 
 
 def _check(what, rows, routes, axis) -> None:

@@ -8,21 +8,19 @@ each block tells every device that it is done, and block 0 stays until all block
 takes back memory that is being read. Only one block ever waits: blocks that have found no room on the GPU yet can't be
 waited for in vain, and other kernels, NCCL's too, find room beside it.
 
-Beside expert products (`beside`) the kernels go to XLA's stream of collectives, one after another, and take no more
-room than products leave: `SPARE` blocks of eight warpgroups, whose 1024 threads fill a multiprocessor's registers
-together, so that there is one on each. As many small blocks would lie one or two on every multiprocessor, and products
-that come after them would find none of their own. Why nobody can wait forever: a kernel of products never waits for an
-exchange while it runs (its stream does, before it starts), so it ends whatever else there is, and leaves room; of an
-exchange's blocks only block 0 waits, for blocks that read and end without waiting; and all devices issue the exchanges
-and XLA's own collectives in the order of one program, so that the first that isn't done on all devices has begun or can
-begin on each. Were there no room at all on one device, the others' block 0 would stay until products there end.
+Beside expert products (`beside`) the kernels go to a stream of their own, one after another, and take no more room than
+products leave: `SPARE` blocks of eight warpgroups, whose 1024 threads fill a multiprocessor's registers together, so
+that there is one on each. As many small blocks would lie one or two on every multiprocessor, and products that come
+after them would find none of their own. Why nobody waits forever: a kernel of products never waits for an exchange
+while it runs (its stream does, before it starts), so it ends whatever else there is, and leaves room; of an exchange's
+blocks only block 0 waits, for blocks that read and end without waiting; and all devices run one program, so that of the
+exchanges and of XLA's own collectives the first in its order that isn't done everywhere waits for no other one. Were
+there no room at all on one device, block 0 of the others would stay until the products there end, and no longer.
 
 Limits: Hopper; the devices of one process; bfloat16, float16 or float32; D a multiple of 128.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,52 +51,30 @@ def why_not(rows) -> str | None:
     return None if jax.process_count() == 1 else "it needs all devices in one process, on one host"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """Rows of a result: `move(r, columns, out row, out, *refs)` makes `width` columns of one; count(*refs) of them are
-    made, at most `most`. args: the arrays that the refs are of."""
-
-    move: Callable
-    count: Callable
-    most: int
-    width: int
-    args: tuple
-
-
 def send(x, source, axis, beside=False):
     """(T, D), (R,) -> (R, D): row source of all devices' tokens; the rows with a source come first."""
-    return _call("send_rows", axis, beside, x, [_sent(x, source, axis)])
-
-
-def collect(y, places, axis, beside=False):
-    """(R, D), (T, S) -> (T, D): the sum of rows `places` of the devices, in float32."""
-    return _call("collect_rows", axis, beside, y, [_collected(y, places, axis)])
-
-
-def both(x, source, y, places, axis):
-    """send(x, source) over collect(y, places) in one array, (R + T, D), for a call with two results would come back
-    from XLA's stream of collectives by more calls there. Beside other kernels."""
-    return _call("exchange_rows", axis, True, x, [_sent(x, source, axis), _collected(y, places, axis)])
-
-
-def _sent(x, source, axis) -> _Rows:
     (T, D), R, S = x.shape, source.shape[0], lax.axis_size(axis)
     width = _width(D, x.dtype)
     count = jnp.sum(source < S * T, dtype=jnp.int32, keepdims=True)
 
-    def move(r, columns, at, out, source, count, x):
+    def move(r, columns, source, count, x, out):
         there = _on(x, axis, lax.div(source[r], jnp.int32(T)))
         row = lax.rem(source[r], jnp.int32(T))
-        out[at, columns] = plgpu.load(there.at[row, columns], layout=_layout(width))
+        out[r, columns] = plgpu.load(there.at[row, columns], layout=_layout(width))
 
-    return _Rows(move, lambda source, count, x: count[0], R, width, (source, count, x))
+    def rows(source, count, x, out):
+        return count[0]
+
+    shape = jax.ShapeDtypeStruct((R, D), x.dtype)
+    return _call("send_rows", move, rows, R, width, axis, beside, shape, source, count, x)
 
 
-def _collected(y, places, axis) -> _Rows:
+def collect(y, places, axis, beside=False):
+    """(R, D), (T, S) -> (T, D): the sum of rows `places` of the devices, in float32."""
     (R, D), (T, S) = y.shape, places.shape
     width = _width(D, jnp.float32)
 
-    def move(t, columns, at, out, places, y):
+    def move(t, columns, places, y, out):
         me = lax.axis_index(axis) if S > 1 else jnp.int32(0)
         total = jnp.zeros((width,), jnp.float32)
         for device in range(S):
@@ -109,14 +85,18 @@ def _collected(y, places, axis) -> _Rows:
             value = plgpu.load(rows_of.at[jnp.minimum(row, R - 1), columns], layout=_layout(width))
             value = value.astype(jnp.float32)
             total += jnp.where(there, value, jnp.zeros_like(value))
-        out[at, columns] = total.astype(out.dtype)
+        out[t, columns] = total.astype(out.dtype)
 
-    return _Rows(move, lambda *_: T, T, width, (places.reshape(-1), y))
+    shape = jax.ShapeDtypeStruct((T, D), y.dtype)
+    return _call("collect_rows", move, lambda *_: T, T, width, axis, beside, shape, places.reshape(-1), y)
 
 
-def on_collectives_stream(run):
-    """`run` of arrays as one asynchronous call on XLA's stream of collectives: what doesn't need it runs meanwhile."""
-    return compute_on(run, compute_type="gpu_stream:collective", out_memory_spaces=jax.memory.Space.Device)
+def on_its_stream(run):
+    """`run` of arrays as one asynchronous call on a stream that is not the computation's, which goes on meanwhile.
+
+    One result alone: of several, XLA would pick each from the call by another call there.
+    """
+    return compute_on(run, compute_type="gpu_stream:1", out_memory_spaces=jax.memory.Space.Device)
 
 
 def _on(ref, axis, device):
@@ -144,25 +124,24 @@ def _layout(width: int):
     return plgpu.Layout.WG_STRIDED((width,), vec_size=_vector(width))
 
 
-def _call(name, axis, beside, like, parts: list[_Rows]):
-    """The rows of all parts, one part after another, as wide and of the dtype of `like`; then word to all devices that
-    it is done."""
-    D, S, args = like.shape[1], lax.axis_size(axis), [arg for part in parts for arg in part.args]
+def _call(name, move, rows, most, width, axis, beside, shape, *args):
+    """`move` for every piece of `width` columns of rows(…) ≤ most rows, then word to all devices that it is done."""
+    chunks, S = shape.shape[1] // width, lax.axis_size(axis)
     side = _BESIDE if beside else 1  # warpgroups of a block, each of which takes pieces in turn
-    most = sum(part.most * (D // part.width) for part in parts)
-    blocks = min(SPARE if beside else BLOCKS, pl.cdiv(most, side))
+    blocks = min(SPARE if beside else BLOCKS, pl.cdiv(most * chunks, side))
     workers = blocks * side
 
-    def body(*arguments):
-        *refs, out = arguments
+    def body(*refs):
         worker = lax.axis_index("block")
         if beside:
             worker = worker * side + lax.axis_index("warpgroup")
-        first = 0
-        for part in parts:
-            own, refs = refs[: len(part.args)], refs[len(part.args) :]
-            _share(part, worker, workers, first, out, own)
-            first += part.most
+
+        def step(i, _):
+            piece = worker + i * workers
+            move(lax.div(piece, jnp.int32(chunks)), pl.ds(lax.rem(piece, jnp.int32(chunks)) * width, width), *refs)
+
+        mine = lax.div(rows(*refs) * chunks - worker + workers - 1, jnp.int32(workers))
+        lax.fori_loop(0, mine, step, None)
         if S > 1:
             done = pl.get_global(plgpu.SemaphoreType.REGULAR)
             for device in range(S):
@@ -172,7 +151,7 @@ def _call(name, axis, beside, like, parts: list[_Rows]):
     threads: dict[str, Any] = {"num_threads": side, "thread_name": "warpgroup"} if beside else {}
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((sum(part.most for part in parts), D), like.dtype),
+        out_type=shape,
         grid=(blocks,),
         grid_names=("block",),
         kernel_name=name,
@@ -181,16 +160,3 @@ def _call(name, axis, beside, like, parts: list[_Rows]):
     )
     # the kernel's own types know of no mesh
     return jax.tree.map(lambda out: vary_alike(out, args[0])[0], kernel(*args))
-
-
-def _share(part: _Rows, worker, workers: int, first: int, out, refs) -> None:
-    """This worker's pieces of the rows of a part, which begin at row `first` of `out`."""
-    chunks = out.shape[1] // part.width
-
-    def step(i, _):
-        piece = worker + i * workers
-        row, columns = lax.div(piece, jnp.int32(chunks)), lax.rem(piece, jnp.int32(chunks)) * part.width
-        part.move(row, pl.ds(columns, part.width), first + row, out, *refs)
-
-    mine = lax.div(part.count(*refs) * chunks - worker + workers - 1, jnp.int32(workers))
-    lax.fori_loop(0, mine, step, None)
