@@ -439,6 +439,17 @@ def test_a_batch_that_does_not_split_is_refused_before_anything_is_written(place
     assert not (tmp_path / "run").exists()
 
 
+def test_chunks_that_do_not_divide_are_refused_before_anything_is_written(place, tmp_path):
+    """A device of 4 has two rows of the batch."""
+    tried = config(place, mesh=MeshConfig(data=1, expert=4))
+    moe = dataclasses.replace(small.ROUTERS["top_k"], exchange_chunks=7)
+    tried = dataclasses.replace(tried, model=dataclasses.replace(tried.model, moe=moe))
+    with pytest.raises(UserError, match=r"exchange_chunks=7 does not divide the 2 rows of \d+ tokens") as error:
+        go(tried, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_held_out_is_trained_and_not_evaluated(place, tmp_path):
     everything = config(place, train={"steps": 2})
     everything = dataclasses.replace(everything, data=dataclasses.replace(everything.data, eval_fraction=0.0))
