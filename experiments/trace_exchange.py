@@ -66,7 +66,9 @@ def report(name: str, folder: str) -> None:
             for kind, parts in (("exchange", EXCHANGE), ("products", PRODUCTS))
         }
         whole, beside = scopes.overlap(found["exchange"], found["products"])
-        share = f"{beside / whole:.1%} of it while products ran" if whole else "none seen"
+        longest = sorted(kernels, key=lambda kernel: kernel[1] - kernel[2])[:5]
+        nothing = "none of it seen among " + ", ".join(kernel for kernel, _, _ in longest)
+        share = f"{beside / whole:.1%} of it while products ran" if whole else nothing
         products = scopes.overlap(found["products"], found["products"])[0]
         print(
             f"{name} {device}: exchange {whole / 1e3:.1f} us in {len(found['exchange'])} kernels, {share}; "

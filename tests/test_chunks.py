@@ -29,9 +29,9 @@ def emulate(way: str, monkeypatch) -> None:
         ("gather", {"fsdp": 2, "expert": 2}, "expert_choice", 2),
         ("all_to_all", {"data": 2, "expert": 2}, "uneven", 4),
         ("ragged", {"expert": 2, "tensor": 2}, "uneven", 2),
-        ("ragged", {"expert": 4}, "one_expert", 4),
+        pytest.param("ragged", {"expert": 4}, "one_expert", 4, marks=pytest.mark.long),
         ("remote", {"fsdp": 2, "expert": 4}, "uneven", 4),  # a row of 4 tokens a device: one token is a chunk
-        ("remote", {"expert": 4}, "one_token", 8),
+        pytest.param("remote", {"expert": 4}, "one_token", 8, marks=pytest.mark.long),
     ],
 )
 def test_every_way_in_chunks_equals_the_dense_oracle_in_values_and_gradients(way, sizes, kind, chunks, monkeypatch):
