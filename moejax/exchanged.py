@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moejax import dispatch, exchange, ragged
+from moejax.config import MoEConfig
 from moejax.errors import UserError
 from moejax.routing import Routing
 from moejax.work import Work, sorted_mixture
@@ -36,6 +37,24 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
     y = jnp.concatenate([y.reshape(-1, x.shape[-1]) for y, _ in results]).reshape(x.shape)
     lost = [lost for _, lost in results if lost is not None]
     return y, jnp.sum(jnp.stack(lost), dtype=jnp.int32, keepdims=True) if lost else None
+
+
+def check(moe: MoEConfig, devices: int, x, decision) -> None:
+    """UserError ahead of `mixture`'s, for x (B, L, D) of one of so many devices and a decision, both shapes alone;
+    and where the exchange doesn't run on this platform."""
+    B, L, _ = x.shape
+    token_choice = isinstance(decision, Routing)
+    check_chunks(moe.exchange_chunks, B, L, token_choice)
+    way = exchange.pick(moe.exchange, token_choice)
+    tokens, mine = B * L // moe.exchange_chunks, moe.num_experts // devices
+    if way == "all_to_all":
+        exchange.rows_per_pair(moe.exchange_factor, tokens, decision.experts.shape[-1], mine, devices)
+    if way in ("ragged", "remote"):
+        exchange.rows_received(moe.exchange_factor, tokens, decision.experts.shape[-1], devices * tokens)
+    if way == "ragged":
+        ragged.check_platform()
+    if way == "remote":
+        exchange.check_remote(x)
 
 
 def check_chunks(chunks: int, rows: int, length: int, token_choice: bool = True) -> None:

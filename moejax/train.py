@@ -206,7 +206,7 @@ def check_resumable(stored: Config | None, config: Config, workdir: Path) -> Non
 
 
 def check_batch(config: Config, mesh) -> None:
-    """UserError unless the batch splits evenly over devices and microbatches, and a device's part into chunks."""
+    """UserError unless the batch splits evenly over devices and microbatches, and a device's part can be exchanged."""
     shards = sharding.batch_shards(mesh)
     parts = shards * config.train.accumulation_steps
     if config.data.batch_size % parts:
@@ -214,13 +214,14 @@ def check_batch(config: Config, mesh) -> None:
             f"data.batch_size={config.data.batch_size} must be a multiple of {parts}: {shards} batch shards of "
             f"the mesh × {config.train.accumulation_steps} microbatches"
         )
-    moe = config.model.moe
+    model, moe = config.model, config.model.moe
     if moe is None or mesh.shape["expert"] == 1 or moe.dispatch == "dense":
         return  # nothing is exchanged
-    token_choice = isinstance(abstract_decision(moe), Routing)
-    if token_choice or moe.group == "sequence":
-        rows, length = config.data.batch_size // parts, config.data.sequence_length
-        exchanged.check_chunks(moe.exchange_chunks, rows, length, token_choice)
+    decision = abstract_decision(moe)
+    if isinstance(decision, Routing) or moe.group == "sequence":
+        held = (config.data.batch_size // parts, config.data.sequence_length, model.width)
+        x = jax.ShapeDtypeStruct(held, jnp.dtype(model.dtype))
+        exchanged.check(moe, mesh.shape["expert"], x, decision)
 
 
 def facts(config: Config, workdir: Path, corpus: data.Corpus) -> dict[str, Any]:
