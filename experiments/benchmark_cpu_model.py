@@ -19,7 +19,7 @@ from experiments.configs import dense, fine_grained
 from experiments.peer_process import Peer
 from experiments.step import Step, random_batch
 from moejax import config as configs
-from moejax import dispatch, expert_parallel, experts, moe, optimizer, sharding
+from moejax import dispatch, experts, moe, optimizer, sharding
 from moejax.config import Config, ModelConfig, MoEConfig, OptimizerConfig
 from moejax.models.lm import LM
 from moejax.train_step import compiled_step, init, state_shardings, to_devices
@@ -91,7 +91,7 @@ def layer_parts(config: Config, batch: int, length: int) -> dict[str, Callable[[
 
     logits = jnp.einsum("bld,de->ble", x, params["router"])
     decision = moe.decide(sparse, logits, tokens=tokens, mask=mask)
-    plan = dispatch.plan(expert_parallel.flatten(decision, batch * length), sparse.num_experts)
+    plan = dispatch.plan(dispatch.flatten(decision, batch * length), sparse.num_experts)
     rows = dispatch.gather(x.reshape(-1, x.shape[-1]), plan)
     weights = {name: params[name] for name in ("gate", "up", "down")}
 

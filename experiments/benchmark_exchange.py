@@ -28,7 +28,7 @@ from absl import flags
 from jax import lax
 
 from experiments import cli
-from experiments.exchanged_rows import busiest, destinations, shape_of
+from experiments.exchanged_rows import LAYERS, busiest, destinations, layer_arguments, shape_of
 from moejax import expert_parallel, routing, sharding
 from moejax.errors import UserError
 from pallas_kernels import remote_exchange
@@ -40,9 +40,9 @@ _PART = flags.DEFINE_multi_enum(
 )
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds of each case; the median counts.", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 16384, "Tokens of a GPU in the layer.", lower_bound=1)
+_CHUNKS = flags.DEFINE_multi_integer("chunks", [4], "Time the layer in so many chunks, too.", lower_bound=1)
 
 _DECOMPOSER = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"
-_LAYERS = {"OLMoE-1B-7B": (2048, 1024, 64, 8), "Qwen3-30B-A3B": (2048, 768, 128, 8)}  # D, F, E, K
 AXIS = "expert"
 
 
@@ -165,18 +165,9 @@ def _say(times, sizes, T, D) -> None:
 
 
 def layer(mesh, name: str) -> None:
-    (D, F, E, K), T, S = _LAYERS[name], _TOKENS.value, mesh.size
-    keys = jax.random.split(jax.random.key(0), 6)
-    normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
-
-    def arguments(devices, num_experts):
-        x, grad = (normal(key, (devices * 4, T // 4, D)) for key in keys[:2])
-        router = jax.random.normal(keys[2], (D, num_experts), jnp.float32) * D**-0.5
-        shapes = {"gate": (num_experts, D, F), "up": (num_experts, D, F), "down": (num_experts, F, D)}
-        weights = {w: normal(k, shapes[w]) * jnp.bfloat16(D**-0.5) for w, k in zip(shapes, keys[3:], strict=True)}
-        logits = (x.reshape(-1, D) @ router.astype(x.dtype)).astype(jnp.float32)
-        decision = routing.top_k(logits, experts_per_token=K, mask=jnp.ones(logits.shape[0], bool))
-        return grad, x, jax.tree.map(lambda a: a.reshape(devices * 4, T // 4, *a.shape[1:]), decision), weights
+    sizes, T, S = LAYERS[name], _TOKENS.value, mesh.size
+    E = sizes[2]
+    arguments = functools.partial(layer_arguments, sizes, T)
 
     def passes(grad, x, decision, weights, *, num_experts, **options):
         def run(x, gates, weights):
@@ -192,9 +183,11 @@ def layer(mesh, name: str) -> None:
     runs, found = {"no exchange": lambda: alone(*own)}, {}
     with jax.set_mesh(mesh):
         held = jax.jit(functools.partial(arguments, S, E), out_shardings=jax.NamedSharding(mesh, jax.P(AXIS)))()
-        for way, factor in (("gather", None), ("all_to_all", 1.25), ("remote", None)):
+        for way, factor, chunks in _ways():
             try:
-                run = jax.jit(functools.partial(passes, num_experts=E, way=way, factor=factor))
+                exchange = {"way": way, "factor": factor, "chunks": chunks}
+                way += "" if chunks == 1 else f", {chunks} chunks"
+                run = jax.jit(functools.partial(passes, num_experts=E, **exchange))
                 step = run.lower(*held).compile()  # this way it may be called without the mesh
                 _, lost, _ = found[way] = step(*held)
                 print(f"{name} {way}: choices without room {int(lost)}", flush=True)
@@ -209,9 +202,15 @@ def layer(mesh, name: str) -> None:
     for way, (median, least, most) in times.items():
         share = times["no exchange"][0] / median
         print(
-            f"{name} {way:12} {median:9.1f} us ({least:.1f}-{most:.1f}) {T / median:.2f} tokens/us {share:.3f}",
+            f"{name} {way:20} {median:9.1f} us ({least:.1f}-{most:.1f}) {T / median:.2f} tokens/us {share:.3f}",
             flush=True,
         )
+
+
+def _ways() -> list[tuple[str, float | None, int]]:
+    """(way, factor, chunks) of every layer that is timed."""
+    ways = (("gather", None), ("all_to_all", 1.25), ("remote", None))
+    return [(way, factor, chunks) for chunks in dict.fromkeys((1, *_CHUNKS.value)) for way, factor in ways]
 
 
 def _compare(found) -> None:
@@ -250,7 +249,7 @@ def main() -> None:
         elif "rows" in _PART.value:
             rows(mesh, T, D)
     if "layer" in _PART.value:
-        for name in _LAYERS:
+        for name in LAYERS:
             layer(mesh, name)
 
 

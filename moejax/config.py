@@ -51,6 +51,8 @@ class MoEConfig:
     exchange_factor: float | None = None  # all_to_all: rows from a device to another = ceil(factor · T_device · K / S),
     # ragged, remote: rows that come to a device = ceil(factor · T_device · K); more is left out and counted
     # (overflow_fraction); None: as many as there can be
+    exchange_chunks: int = 1  # equal parts of a device's tokens, each exchanged while experts work on another one, and
+    # with a bound of its own: T_device is the tokens of a part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +198,7 @@ NO_CHANGE = (
     "train.steps", "train.log_every", "train.eval_every", "train.eval_batches", "train.checkpoint_every",
     "train.keep_checkpoints", "train.profile_steps", "mesh", "data.cache_dir", "model.remat",
     "model.attention_implementation", "model.moe.implementation", "model.moe.exchange",
+    "model.moe.exchange_chunks",
 )  # fmt: skip
 
 

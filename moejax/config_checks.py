@@ -66,7 +66,7 @@ def check_model(model: ModelConfig) -> None:
 
 def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
     """Experts, capacity and the router with its options."""
-    _at_least(1, "model.moe", moe, "num_experts", "experts_per_token", "expert_width")
+    _at_least(1, "model.moe", moe, "num_experts", "experts_per_token", "expert_width", "exchange_chunks")
     _at_least(
         0, "model.moe", moe, "shared_experts", "load_balance_weight", "sequence_balance_weight", "router_z_weight",
         "importance_weight", "load_weight", "bias_update_rate", "input_jitter",

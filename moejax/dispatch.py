@@ -51,6 +51,25 @@ class Plan:
     offsets: Array | None = None
 
 
+def flatten(decision, num_tokens: int):
+    """A decision of N routing groups (leading axis N) as one decision over all T = num_tokens tokens.
+
+    Routing: every field (N, T/N, …) becomes (T, …). ExpertChoice: tokens and weights (N, E, C) become (E, N·C) with
+    token numbers in 0 … T − 1, and scores (T, E).
+    """
+    if isinstance(decision, Routing):
+        return jax.tree.map(lambda a: a.reshape(num_tokens, *a.shape[2:]), decision)
+    groups, num_experts, _ = decision.tokens.shape
+    first = (jnp.arange(groups, dtype=decision.tokens.dtype) * (num_tokens // groups))[:, None, None]
+
+    def by_expert(a):
+        return jnp.swapaxes(a, 0, 1).reshape(num_experts, -1)
+
+    return ExpertChoice(
+        by_expert(decision.tokens + first), by_expert(decision.weights), decision.scores.reshape(num_tokens, -1)
+    )
+
+
 def plan(decision: Routing | ExpertChoice, num_experts: int) -> Plan:
     """The plan of a decision over T tokens.
 

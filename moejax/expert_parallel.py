@@ -13,12 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from moejax import dispatch, exchange, experts, few_tokens, ragged, routing, sharding
+from moejax import dispatch, exchange, exchanged, few_tokens, ragged, routing, sharding
 from moejax.errors import UserError
-from pallas_kernels import remote_exchange
+from moejax.work import Work, sorted_mixture
 
 
 def mixture(x: jax.Array, decision, weights: dict[str, jax.Array], **options) -> jax.Array:
@@ -35,6 +34,7 @@ def mixture_and_overflow(
     implementation: str | None = None,
     way: str | None = None,
     factor: float | None = None,
+    chunks: int = 1,
     apply: Callable | None = None,
     gates_first: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
@@ -43,15 +43,16 @@ def mixture_and_overflow(
     `decision` holds either Routing fields (B, L, K) or ExpertChoice fields (B, E, C) with token positions inside the
     row; one leading group that spans the batch, (1, E, C), runs without shard_map. `weights`: gate, up (E, D, F) and
     down (E, F, D). `way` names the exchange (`model.moe.exchange`) and `factor` bounds its pieces
-    (`exchange.rows_per_pair`). The second value is the number of choices, () i32 over all devices, that found no room
-    in them and are missing from the result; None where nothing is exchanged.
+    (`exchange.rows_per_pair`), `chunks` in how many equal parts a device's tokens are exchanged and bounded. The second
+    value is the number of choices, () i32 over all devices, that found no room in them and are missing from the result;
+    None where nothing is exchanged.
 
     `apply(rows (R, D), weights, group_sizes)` -> (R, D), one function for all layers, takes the place of
     `experts.gated_ffn`. It may use further weights gate_bias, up_bias (E, F) and down_bias (E, D), and must be linear
     in down and down_bias. gates_first: gates multiply what goes into experts, not what comes out.
 
     Raises UserError where E does not divide over the expert axis, for a bound below one row, for expert choice by
-    another way than gather, for remote off the GPUs of one host, and for ragged on CPU.
+    another way than gather, for remote off the GPUs of one host, for ragged on CPU, and for chunks that don't divide.
     """
     run = functools.partial(_mixture, num_experts=num_experts, work=Work(implementation, apply, gates_first))
     axes = sharding.batch_axes()
@@ -67,7 +68,7 @@ def mixture_and_overflow(
             exchange.check_remote(x)
         if way == "ragged":
             ragged.check_platform()
-        run = functools.partial(run, way=way, factor=factor)
+        run = functools.partial(run, way=way, factor=factor, chunks=chunks)
     run = functools.partial(run, layout=layout_here())
     rows = PartitionSpec(axes or None)
     held = {name: weight_spec(name) for name in weights}
@@ -84,39 +85,6 @@ WEIGHTS = {
     "up_bias": ("experts", "expert_mlp"),
     "down_bias": ("experts", "embed"),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """What experts do with rows: arguments of `mixture_and_overflow`."""
-
-    implementation: str | None = None
-    apply: Callable | None = None
-    gates_first: bool = False
-
-    def experts(self, rows, weights, group_sizes, scale=None):
-        """(R, D) sorted by expert -> (R, D)."""
-        with jax.named_scope("experts"):
-            if self.apply is not None:
-                return self.apply(rows, weights, group_sizes)
-            gate, up, down = (weights[name] for name in ("gate", "up", "down"))
-            return experts.gated_ffn(rows, gate, up, down, group_sizes, scale=scale, implementation=self.implementation)
-
-    def gates_inside(self, rows, plan, weights):
-        """Whether experts' own kernel applies the gates: its results needn't then be kept for the gates' gradient."""
-        plain = self.apply is None and not self.gates_first and plan.slot is not None
-        return plain and experts.takes_scale(rows, weights["gate"], self.implementation)
-
-    def rows(self, tokens, plan):
-        """(T, D) -> (R, D), times their gates where these come first."""
-        rows = dispatch.gather(tokens, plan)
-        return rows * plan.weight[:, None].astype(rows.dtype) if self.gates_first else rows
-
-    def sums(self, rows, plan, num_tokens):
-        """(R, D) -> (T, D), times their gates where these didn't come first."""
-        if self.gates_first:
-            plan = dataclasses.replace(plan, weight=jnp.ones_like(plan.weight))
-        return dispatch.combine(rows, plan, num_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +109,11 @@ def weight_spec(name: str) -> PartitionSpec:
     return PartitionSpec(*(named[axis] for axis in WEIGHTS[name]))
 
 
-_STATIC = ("num_experts", "work", "way", "factor", "layout")
+_STATIC = ("num_experts", "work", "way", "factor", "chunks", "layout")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)  # traced and lowered once, not in each of a model's layers
-def _mixture(x, decision, weights, *, num_experts, work, way=None, factor=None, layout=Layout()):
+def _mixture(x, decision, weights, *, num_experts, work, way=None, factor=None, chunks=1, layout=Layout()):
     """One device's part of x, decision and weights, the latter as `layout` says; overflow (1,) i32 or None."""
 
     def run(x, decision, weights):
@@ -156,14 +124,9 @@ def _mixture(x, decision, weights, *, num_experts, work, way=None, factor=None, 
 
     def parts(x, decision, weights):
         weights = {name: whole(name, weight) for name, weight in weights.items()}
-        if way == "gather":
-            return _by_gather(x, decision, weights, work), None
-        if way == "all_to_all":
-            return _by_all_to_all(x, decision, weights, num_experts, work, factor)
-        if way == "ragged":
-            return _by_ragged(x, decision, weights, num_experts, work, factor)
-        if way == "remote":
-            return _by_remote(x, decision, weights, num_experts, work, factor)
+        if way is not None:
+            options = {"num_experts": num_experts, "work": work, "way": way, "factor": factor, "chunks": chunks}
+            return exchanged.mixture(x, decision, weights, **options)
         return _local(x, decision, weights, num_experts, work), None
 
     def whole(name, weight):
@@ -192,120 +155,11 @@ def _keep(layout, primitive, *_, **parameters) -> bool:
 
 def _local(x, decision, weights, num_experts, work):
     tokens = x.reshape(-1, x.shape[-1])
-    flat = flatten(decision, tokens.shape[0])
+    flat = dispatch.flatten(decision, tokens.shape[0])
     plain = work.apply is None and not work.gates_first
     if plain and few_tokens.suits(flat, work.implementation):
         return few_tokens.mixture(tokens, flat, weights).reshape(x.shape)
-    return _sorted(tokens, flat, weights, num_experts, work, x.dtype).reshape(x.shape)
-
-
-def _sorted(tokens, decision, weights, num_experts, work, dtype):
-    """Σ_k weight · expert(token) for tokens (T, D) and a flat decision over `weights`' experts; (T, D) in `dtype`."""
-    with jax.named_scope("dispatch"):
-        plan = dispatch.plan(decision, num_experts)
-        rows = work.rows(tokens, plan)
-    if work.gates_inside(rows, plan, weights):
-        rows = checkpoint_name(rows, "experts")  # kept in the room of the results that needn't be
-        rows = work.experts(rows, weights, plan.group_sizes, plan.weight)
-        plan = dataclasses.replace(plan, weight=None)
-    else:
-        rows = work.experts(rows, weights, plan.group_sizes)
-    with jax.named_scope("combine"):
-        return work.sums(rows.astype(dtype), plan, tokens.shape[0])
-
-
-def _by_gather(x, decision, weights, work):
-    """All tokens of the expert axis on every one of its devices, which runs those that chose its experts.
-
-    Dropless: the plan has room for every row of every device. Sums over experts are taken in float32, across devices
-    too.
-    """
-    everyone = exchange.gather(x)
-    tokens = everyone.reshape(-1, x.shape[-1])
-    mine = weights["gate"].shape[0]
-    with jax.named_scope("dispatch"):
-        flat = flatten(exchange.gather(decision), tokens.shape[0])
-        here = exchange.of_my_experts(flat, mine)
-    y = _sorted(tokens, here, weights, mine, work, jnp.float32)
-    return exchange.sum_back(y).astype(x.dtype).reshape(x.shape)
-
-
-def _by_all_to_all(x, decision, weights, num_experts, work, factor):
-    """Rows go to their experts' devices and come back; gates are applied at home, where the sum is in float32."""
-    tokens = x.reshape(-1, x.shape[-1])
-    flat = flatten(decision, tokens.shape[0])
-    mine = weights["gate"].shape[0]
-    devices = num_experts // mine
-    T, K = flat.experts.shape
-    room = exchange.rows_per_pair(factor, T, K, mine, devices)
-    with jax.named_scope("dispatch"):
-        parcels = exchange.pack(flat, mine, devices, room)
-        sent = work.rows(tokens, parcels.plan)
-    came, expert = exchange.swap(sent), exchange.swap(parcels.expert)
-    there = dataclasses.replace(work, gates_first=False)
-    done = _sorted(came, exchange.arrived(expert, mine), weights, mine, there, x.dtype)
-    back = exchange.swap(done)
-    with jax.named_scope("combine"):
-        return work.sums(back, parcels.plan, tokens.shape[0]).reshape(x.shape), parcels.overflow[None]
-
-
-def _by_remote(x, decision, weights, num_experts, work, factor):
-    """Each token goes once to every device with experts for it, where its rows are summed with their gates in float32;
-    the sums come back in x's dtype and are summed in float32 at home."""
-    tokens = x.reshape(-1, x.shape[-1])
-    flat = flatten(decision, tokens.shape[0])
-    mine = weights["gate"].shape[0]
-    devices = num_experts // mine
-    T, K = flat.experts.shape
-    room = exchange.rows_received(factor, T, K, devices * T)  # a token is one row here, however many of mine it chose
-    with jax.named_scope("dispatch"):
-        routes, here = exchange.routes(flat, mine, devices, room)
-    with jax.named_scope("exchange"):
-        came = remote_exchange.send(tokens, routes, axis=exchange.AXIS)
-    done = _sorted(came, here, weights, mine, work, x.dtype)
-    with jax.named_scope("exchange"):
-        y = remote_exchange.collect(done, routes, axis=exchange.AXIS)
-    return y.reshape(x.shape), routes.overflow[None]
-
-
-def _by_ragged(x, decision, weights, num_experts, work, factor):
-    """Rows sorted by expert go straight to their places on the experts' devices, and results back; gates as above."""
-    tokens = x.reshape(-1, x.shape[-1])
-    flat = flatten(decision, tokens.shape[0])
-    mine = weights["gate"].shape[0]
-    T, K = flat.experts.shape
-    room = exchange.rows_received(factor, T, K, num_experts // mine * T * min(K, mine))
-    with jax.named_scope("dispatch"):
-        plan = dispatch.plan(flat, num_experts)
-        rows = work.rows(tokens, plan)
-    with jax.named_scope("exchange"):
-        counts = lax.all_gather(plan.group_sizes, exchange.AXIS)
-        places = ragged.places(counts, lax.axis_index(exchange.AXIS), room)
-        rows = ragged.send(rows, places, room, exchange.AXIS)
-    rows = work.experts(rows, weights, places.group_sizes)
-    with jax.named_scope("exchange"):
-        rows = ragged.fetch(rows, places, T * K, exchange.AXIS)
-    with jax.named_scope("combine"):
-        return work.sums(rows, plan, T).reshape(x.shape), places.overflow[None]
-
-
-def flatten(decision, num_tokens: int):
-    """A decision of N routing groups (leading axis N) as one decision over all T = num_tokens tokens.
-
-    Routing: every field (N, T/N, …) becomes (T, …). ExpertChoice: tokens and weights (N, E, C) become (E, N·C) with
-    token numbers in 0 … T − 1, and scores (T, E).
-    """
-    if isinstance(decision, routing.Routing):
-        return jax.tree.map(lambda a: a.reshape(num_tokens, *a.shape[2:]), decision)
-    groups, num_experts, _ = decision.tokens.shape
-    first = (jnp.arange(groups, dtype=decision.tokens.dtype) * (num_tokens // groups))[:, None, None]
-
-    def by_expert(a):
-        return jnp.swapaxes(a, 0, 1).reshape(num_experts, -1)
-
-    return routing.ExpertChoice(
-        by_expert(decision.tokens + first), by_expert(decision.weights), decision.scores.reshape(num_tokens, -1)
-    )
+    return sorted_mixture(tokens, flat, weights, num_experts, work, x.dtype).reshape(x.shape)
 
 
 def dense_mixture(x: jax.Array, decision, weights: dict[str, jax.Array]) -> jax.Array:
@@ -317,4 +171,4 @@ def dense_mixture(x: jax.Array, decision, weights: dict[str, jax.Array]) -> jax.
         hidden *= jnp.einsum("td,edf->etf", tokens, weights["up"])
         return jnp.einsum("etf,efd->etd", hidden, weights["down"])
 
-    return dispatch.dense(tokens, flatten(decision, tokens.shape[0]), every_expert).reshape(x.shape)
+    return dispatch.dense(tokens, dispatch.flatten(decision, tokens.shape[0]), every_expert).reshape(x.shape)

@@ -36,6 +36,7 @@ def gated_ffn(
     scale: Array | None = None,
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
+    spare: int = 0,
 ) -> Array:
     """(activation(rows · gate) ∘ (rows · up)) · down, each row with its expert's weights (Shazeer 2020, equation 6).
 
@@ -43,12 +44,14 @@ def gated_ffn(
     (R, D), zeros past the sum of group_sizes; those rows are never read. Products are summed in float32 and rounded to
     rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; only where `takes_scale`. metadata:
     `group_metadata(group_sizes, R)`, shared by the six products of forward and backward. implementation: of
-    `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products.
+    `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products. spare: of
+    `group_metadata`, where none is given.
     """
     _check(rows, gate, up, down, group_sizes, activation)
     with jax.named_scope("experts"):
         if metadata is None:
-            metadata = jax.tree.map(lambda a: checkpoint_name(a, "routing"), group_metadata(group_sizes, rows.shape[0]))
+            metadata = group_metadata(group_sizes, rows.shape[0], spare)
+            metadata = jax.tree.map(lambda a: checkpoint_name(a, "routing"), metadata)
         name = implementation or pick(rows, gate)
         if name == "mosaic_gpu":
             return kernels.gated_ffn(

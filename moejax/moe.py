@@ -115,6 +115,7 @@ class MoE(nn.Module):
                 implementation=config.implementation,
                 way=config.exchange,
                 factor=None if self.mode == "generate" else config.exchange_factor,
+                chunks=1 if self.mode == "generate" else config.exchange_chunks,
             )
         if config.shared_experts:
             y += layers.GatedFFN(config.shared_experts * self.hidden, x.dtype, self.init_scale, name="shared")(x)

@@ -2,9 +2,10 @@
 
 import collections
 import glob
+import math
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 
@@ -45,6 +46,37 @@ def operations(folder: str) -> list[tuple[str, float]]:
                 if isinstance(name, str):
                     found.append((name, event.duration_ns))
     return found
+
+
+def kernels(folder: str) -> dict[str, list[tuple[str, float, float]]]:
+    """GPU -> (kernel, start, end) of all that it ran in the profile under `folder`, in nanoseconds."""
+    (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    for plane in jax.profiler.ProfileData.from_file(path).planes:
+        lines = [line for line in plane.lines if line.name.startswith("Stream")]  # others repeat what these hold
+        if plane.name.startswith("/device:GPU"):
+            events = [event for line in lines for event in line.events]
+            found[plane.name] = [(event.name, event.start_ns, event.start_ns + event.duration_ns) for event in events]
+    return found
+
+
+Intervals = Iterable[tuple[float, float]]
+
+
+def overlap(first: Intervals, second: Intervals) -> tuple[float, float]:
+    """(length of the union of `first`, length of its part in the union of `second`), of intervals (start, end)."""
+    first, second = list(first), list(second)
+    whole = _length(first)
+    return whole, whole + _length(second) - _length(first + second)
+
+
+def _length(spans: Intervals) -> float:
+    """Of their union."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(end - max(start, reached), 0)
+        reached = max(reached, end)
+    return total
 
 
 def shares(compiled: jax.stages.Compiled, run: Callable[[], object]) -> dict[str, float]:

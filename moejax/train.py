@@ -22,6 +22,7 @@ from moejax import (
     distributed,
     environment,
     evaluate,
+    exchanged,
     interrupts,
     memory,
     metrics,
@@ -36,6 +37,8 @@ from moejax import config as configs
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.models.lm import LM
+from moejax.moe import abstract_decision
+from moejax.routing import Routing
 from moejax.train_step import TrainState, compiled_step, create, init, state_shardings, to_devices
 
 _log = logging.getLogger(__name__)
@@ -203,7 +206,7 @@ def check_resumable(stored: Config | None, config: Config, workdir: Path) -> Non
 
 
 def check_batch(config: Config, mesh) -> None:
-    """UserError unless the batch splits evenly over devices and microbatches."""
+    """UserError unless the batch splits evenly over devices and microbatches, and a device's part can be exchanged."""
     shards = sharding.batch_shards(mesh)
     parts = shards * config.train.accumulation_steps
     if config.data.batch_size % parts:
@@ -211,6 +214,14 @@ def check_batch(config: Config, mesh) -> None:
             f"data.batch_size={config.data.batch_size} must be a multiple of {parts}: {shards} batch shards of "
             f"the mesh × {config.train.accumulation_steps} microbatches"
         )
+    model, moe = config.model, config.model.moe
+    if moe is None or mesh.shape["expert"] == 1 or moe.dispatch == "dense":
+        return  # nothing is exchanged
+    decision = abstract_decision(moe)
+    if isinstance(decision, Routing) or moe.group == "sequence":
+        held = (config.data.batch_size // parts, config.data.sequence_length, model.width)
+        x = jax.ShapeDtypeStruct(held, jnp.dtype(model.dtype))
+        exchanged.check(moe, mesh.shape["expert"], x, decision)
 
 
 def facts(config: Config, workdir: Path, corpus: data.Corpus) -> dict[str, Any]:

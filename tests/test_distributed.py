@@ -159,6 +159,26 @@ def test_four_processes_stop_together_at_a_signal_and_one_goes_on(run):
     assert_as_one_process(run, stopped + 3, SPARSE)
 
 
+@pytest.mark.long
+def test_four_processes_one_of_them_killed_and_two_go_on(run):
+    """Experts lie across processes, rows go between them in chunks; the others name the one that was killed."""
+    config = (*SPARSE, "--config.model.moe.exchange=all_to_all", "--config.model.moe.exchange_chunks=2")
+    run.start(4, *config, LONG)
+    run.wait_for_step(4)
+    run.processes[2].send_signal(signal.SIGKILL)
+    ended = run.end()
+    assert [code for code, _ in ended] == [1, 1, -signal.SIGKILL, 1], ended
+    for _, said in (ended[0], ended[1], ended[3]):
+        (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+        assert "process 2" in line
+    last = run.lines()[-1]["step"] + 2
+    run.start(2, *config, f"--config.train.steps={last}")
+    ended = run.end()
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "continuing from the checkpoint of step" in ended[0][1]
+    assert_as_one_process(run, last, config)
+
+
 MEET = """
 import sys, time
 from moejax import distributed

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import expert_parallel, few_tokens, generate, routing, routing_select
+from moejax import dispatch, expert_parallel, few_tokens, generate, routing, routing_select
 
 E, D, F, K = 8, 16, 12, 3
 
@@ -41,7 +41,7 @@ def test_the_mixture_is_the_dense_one_and_leaves_out_what_is_not_kept():
     mask = jnp.array([[True], [False]])  # the second token is padding
     decision = jax.vmap(lambda logits, mask: routing.top_k(logits, experts_per_token=K, mask=mask))(logits, mask)
     wanted = expert_parallel.dense_mixture(x, decision, weights)
-    found = few_tokens.mixture(x[:, 0], expert_parallel.flatten(decision, 2), weights)
+    found = few_tokens.mixture(x[:, 0], dispatch.flatten(decision, 2), weights)
     np.testing.assert_allclose(found, wanted[:, 0], rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
     assert not np.any(found[1]) and np.any(found[0])
 

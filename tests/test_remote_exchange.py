@@ -120,21 +120,25 @@ def operands(devices: int, tokens: int, width: int, rows: int, dtype):
     return x, y, experts
 
 
-def there_and_back(x, y, experts):
+def there_and_back(x, y, experts, beside=False):
     """What comes, what of it is real, and sums at home."""
     devices, rows = jax.lax.axis_size("expert"), y.shape[0]
     everyone = jax.lax.all_gather(experts, "expert", tiled=True)
     routes = remote_exchange.routes(everyone, jax.lax.axis_index("expert"), mine=2, devices=devices, rows=rows)
-    came = remote_exchange.send(x, routes, axis="expert")
+    came = remote_exchange.send(x, routes, axis="expert", beside=beside)
     real = (routes.source < everyone.shape[0])[:, None]
-    return jnp.where(real, came, 0), real, remote_exchange.collect(y, routes, axis="expert")
+    return jnp.where(real, came, 0), real, remote_exchange.collect(y, routes, axis="expert", beside=beside)
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(128, jnp.float32), (384, jnp.bfloat16)])
-def test_pieces_of_rows_in_the_interpreter(width, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("width", "dtype", "aside"), [(128, jnp.float32, False), (384, jnp.bfloat16, False), (384, jnp.bfloat16, True)]
+)
+def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch):
     """It knows no remote references and no semaphores: here every device's memory is its own. Three blocks and two or
-    more pieces a row, so that blocks take several pieces of several rows."""
+    more pieces a row, so that blocks take several pieces of several rows. aside: two warpgroups a block."""
     monkeypatch.setattr(mosaic_gpu, "BLOCKS", 3)
+    monkeypatch.setattr(mosaic_gpu, "SPARE", 3)
+    monkeypatch.setattr(mosaic_gpu, "_BESIDE", 2)
     monkeypatch.setattr(mosaic_gpu, "_WIDEST", 256)
     monkeypatch.setattr(plgpu, "remote_ref", lambda ref, device: ref)
     for name, put in {"get_global": lambda what: None, "semaphore_signal": None, "semaphore_wait": None}.items():
@@ -145,7 +149,7 @@ def test_pieces_of_rows_in_the_interpreter(width, dtype, monkeypatch):
     places = jnp.array([[0, 6], [7, 7], [2, 7], [7, 3], [1, 1]], jnp.int32)
 
     def both(x, y, source, places):
-        return mosaic_gpu.send(x, source, "expert"), mosaic_gpu.collect(y, places, "expert")
+        return mosaic_gpu.send(x, source, "expert", aside), mosaic_gpu.collect(y, places, "expert", aside)
 
     mesh = jax.make_mesh((2,), ("expert",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     run = jax.shard_map(both, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)  # alike on both
@@ -167,6 +171,20 @@ def test_the_kernels_lower_and_use_no_multicast(monkeypatch):
     assert not re.search("symmetric_memory_parameters|multi(mem|cast)", text)
 
 
+def test_beside_products_they_lower_for_a_stream_of_their_own(monkeypatch):
+    """Forward and backward, each way by a call that XLA may not take apart."""
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+    x, y, experts = operands(4, 64, 256, 128, jnp.bfloat16)
+
+    def run(x, y, experts):
+        return jax.vjp(lambda x, y: there_and_back(x, y, experts, beside=True)[::2], x, y)[1]((y, x))
+
+    text = over(4)(run).trace(x, y, experts).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r'call @compute_on.*_xla_stream_annotation = "1", inlineable = "false"', text)
+    assert len(calls) == text.count("uses_xla_collective_metadata = true") == 2
+    assert not re.search("symmetric_memory_parameters|multi(mem|cast)", text)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif("jax.default_backend() != 'gpu' or len(jax.devices()) < 2")
 @pytest.mark.parametrize(("tokens", "width", "rows"), [(500, 128, 900), (300, 2048, 100), (1, 7168, 4)])
@@ -178,9 +196,23 @@ def test_on_the_gpus_of_a_host(tokens, width, rows, monkeypatch):
     for _ in range(2):
         again = over(devices)(there_and_back)(*args)
         assert all((a == b).all() for a, b in zip(got, again, strict=True))
+    aside = over(devices)(functools.partial(there_and_back, beside=True))(*args)
+    assert all((a == b).all() for a, b in zip(got, aside, strict=True))
     emulated_remote.install(monkeypatch)
     wanted = over(devices)(there_and_back)(*args)
     assert all((a == b).all() for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("jax.default_backend() != 'gpu'")
+def test_on_one_gpu_rows_are_exchanged_with_itself(monkeypatch):
+    """By references that aren't remote; on a stream of their own too, by blocks of several warpgroups."""
+    args = operands(1, 300, 2048, 400, jnp.bfloat16)
+    got = [over(1)(functools.partial(there_and_back, beside=beside))(*args) for beside in (False, True)]
+    emulated_remote.install(monkeypatch)
+    wanted = over(1)(there_and_back)(*args)
+    for each in got:
+        assert all((a == b).all() for a, b in zip(each, wanted, strict=True))
 
 
 def test_off_gpu_it_says_so():

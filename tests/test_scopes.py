@@ -45,3 +45,18 @@ def test_shares_of_a_profile_add_up():
     found = scopes.shares(compiled, lambda: compiled(x))
     assert found["experts"] > 0.5
     assert sum(found.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        ([], [(0, 5)], (0, 0)),
+        ([(0, 10)], [], (10, 0)),
+        ([(0, 10)], [(10, 20)], (10, 0)),
+        ([(5, 15), (0, 10)], [(12, 30)], (15, 3)),  # 0 to 15, of which 12 to 15
+        ([(0, 4), (6, 8), (6, 8)], [(3, 7), (7, 9), (1, 2)], (6, 4)),  # in it 1 to 2, 3 to 4 and 6 to 8
+        ([(2, 3)], [(0, 10), (1, 4)], (1, 1)),
+    ],
+)
+def test_how_long_one_kind_of_kernel_ran_while_another_did(first, second, wanted):
+    assert scopes.overlap(first, second) == wanted

@@ -439,6 +439,26 @@ def test_a_batch_that_does_not_split_is_refused_before_anything_is_written(place
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("moe", "message"),
+    [
+        ({"exchange_chunks": 7}, r"exchange_chunks=7 does not divide the 2 rows of \d+ tokens"),
+        ({"exchange": "all_to_all", "exchange_factor": 1e-4}, r"exchange_factor=0.0001 leaves \S+ rows for a pair"),
+        ({"exchange": "ragged"}, "which cpu doesn't have"),
+        ({"exchange": "remote"}, "'remote' can't move float32 rows of width 32 on cpu"),
+    ],
+)
+def test_an_exchange_that_cannot_be_is_refused_before_anything_is_written(place, tmp_path, moe, message):
+    """A device of 4 has two rows of the batch. The mended command may have the same workdir."""
+    tried = config(place, mesh=MeshConfig(data=1, expert=4))
+    moe = dataclasses.replace(small.ROUTERS["top_k"], **moe)
+    tried = dataclasses.replace(tried, model=dataclasses.replace(tried.model, moe=moe))
+    with pytest.raises(UserError, match=message) as error:
+        go(tried, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_held_out_is_trained_and_not_evaluated(place, tmp_path):
     everything = config(place, train={"steps": 2})
     everything = dataclasses.replace(everything, data=dataclasses.replace(everything.data, eval_fraction=0.0))

@@ -45,7 +45,7 @@ def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, scal
     """
     M, F = rows.shape[0], gate.shape[2]
     in_tile = schedule.tile_rows(M, gate.shape[0])
-    t = here(tiles or tilings.pick("forward", in_tile, rows.shape[1]), rows)
+    t = here(tiles or tilings.pick("forward", in_tile, rows.shape[1]), rows, metadata.spare)
     spare = -M % 8
     out = (jax.ShapeDtypeStruct((hopper.stored_rows(M), F), rows.dtype),) * (3 if keep else 1)
     stage = {"a": (max(in_tile, 64), _STEP), "b": (_STEP, _HALF), "c": (_STEP, _HALF)}
@@ -105,7 +105,7 @@ def dlhs(grads, weights, metadata: GroupMetadata, tiles: Tiling | None = None):
     """grads[0] · weights[0]ᵀ + grads[1] · weights[1]ᵀ, summed in one accumulator: (M, F) twice, (E, D, F) -> (M, D)."""
     first, M, D = grads[0], grads[0].shape[0], weights[0].shape[1]
     in_tile = schedule.tile_rows(M, weights[0].shape[0])
-    t = here(tiles or tilings.pick("forward", in_tile, 2 * first.shape[1]), first)
+    t = here(tiles or tilings.pick("forward", in_tile, 2 * first.shape[1]), first, metadata.spare)
     spare = -M % 8
     out = jax.ShapeDtypeStruct((hopper.stored_rows(M), D), first.dtype)
     stage = {"a": (max(in_tile, 64), _STEP), "b": (COLUMNS, _STEP)}

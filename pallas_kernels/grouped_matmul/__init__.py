@@ -16,10 +16,10 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul.metadata import GroupMetadata, group_metadata
+from pallas_kernels.grouped_matmul.metadata import SPARE, GroupMetadata, group_metadata
 from pallas_kernels.vary import vary_alike
 
-__all__ = ["GroupMetadata", "group_metadata", "grouped_matmul", "named", "pick"]
+__all__ = ["SPARE", "GroupMetadata", "group_metadata", "grouped_matmul", "named", "pick"]
 
 IMPLEMENTATIONS = ("reference", "blocks", "xla", "mosaic_gpu", "mosaic_tpu")
 # best first; the last one of each takes everything

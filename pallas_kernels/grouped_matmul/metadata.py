@@ -8,6 +8,11 @@ import numpy as np
 
 from pallas_kernels.grouped_matmul import schedule
 
+# Multiprocessors of a GPU's 132 that products leave, on request, to what is to run beside them. A block of theirs takes
+# a whole multiprocessor until its product is done: with none left, an exchange of rows would wait for that end. Even,
+# for blocks go in pairs; an eighth of the products' speed.
+SPARE = 16
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -15,17 +20,20 @@ class GroupMetadata:
     """Rows [starts[e], ends[e]) belong to group e. starts, ends (E,) i32; rows from ends[-1] on belong to none.
 
     Where the platform is a GPU, for the Hopper kernels: row_tiles, `schedule.row_tiles`, and by_size (E,) i32, the
-    groups, largest first.
+    groups, largest first. spare: how many multiprocessors the Hopper kernels leave free, an even number.
     """
 
     starts: jax.Array
     ends: jax.Array
     row_tiles: tuple[jax.Array, jax.Array] | None = None
     by_size: jax.Array | None = None
+    spare: int = dataclasses.field(default=0, metadata={"static": True})
 
 
-def group_metadata(group_sizes: jax.Array, M: int) -> GroupMetadata:
+def group_metadata(group_sizes: jax.Array, M: int, spare: int = 0) -> GroupMetadata:
     """Metadata of group_sizes (E,) i32 over M rows, for every `grouped_matmul` that shares them.
+
+    spare: multiprocessors of a GPU that these products and their gradients leave to others, an even number (`SPARE`).
 
     Outside jit, and under `jax.disable_jit()` everywhere, sizes that are negative or sum to more than M raise a
     ValueError. Under jit nothing is checked: even checkify's debug_check is a use of the sizes that flax's scan takes
@@ -36,8 +44,8 @@ def group_metadata(group_sizes: jax.Array, M: int) -> GroupMetadata:
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     starts = ends - group_sizes
     if jax.default_backend() != "gpu":
-        return GroupMetadata(starts, ends)
-    return GroupMetadata(starts, ends, schedule.row_tiles(starts, ends, M), schedule.by_size(starts, ends))
+        return GroupMetadata(starts, ends, spare=spare)
+    return GroupMetadata(starts, ends, schedule.row_tiles(starts, ends, M), schedule.by_size(starts, ends), spare)
 
 
 def check_sizes(group_sizes: jax.Array, M: int) -> None:

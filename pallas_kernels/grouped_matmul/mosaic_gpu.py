@@ -47,7 +47,7 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
     del group_sizes
     M, N = lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
     rows = schedule.tile_rows(M, rhs.shape[0])
-    t = here(tiles or tilings.pick("forward", rows, lhs.shape[1]), lhs)
+    t = here(tiles or tilings.pick("forward", rows, lhs.shape[1]), lhs, metadata.spare)
     spare = -M % 8  # the copy engine takes rows in eights
     table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
     # 64 columns alone lie otherwise than 64 of 128
@@ -63,7 +63,7 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
 def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tiling | None = None):
     """(M, K), (M, N) -> (E, K, N): each group's lhsᵀ · grad."""
     (M, K), N = lhs.shape, grad.shape[1]
-    t = here(tiles or tilings.pick("drhs", _ROWS, M // max(len(group_sizes), 1)), lhs)
+    t = here(tiles or tilings.pick("drhs", _ROWS, M // max(len(group_sizes), 1)), lhs, metadata.spare)
     spare = ((0, -M % 8), (0, 0))
     out = jax.ShapeDtypeStruct((*group_sizes.shape, K, N), out_dtype)
     body = functools.partial(_drhs_kernel, t)
@@ -74,8 +74,10 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tili
     return vary_alike(result, lhs)[0]
 
 
-def here(t: Tiling, lhs) -> Tiling:
-    return dataclasses.replace(t, one_warp=False) if jax.typeof(lhs).manual_axis_type.varying else t
+def here(t: Tiling, lhs, spare: int) -> Tiling:
+    """`t` as it runs here: inside shard_map or not, and with `spare` of the GPU's multiprocessors left free."""
+    varies = bool(jax.typeof(lhs).manual_axis_type.varying)
+    return dataclasses.replace(t, blocks=t.blocks - spare, one_warp=t.one_warp and not varies)
 
 
 def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a, b, staging, ready, free):

@@ -5,7 +5,9 @@
 Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, R rows that a device has
 room for. A token with several experts on one device goes there once.
 
-`send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient.
+`send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient. With `beside` they
+run on a stream of their own, in the room that expert products with as many multiprocessors to spare leave them
+(`grouped_matmul.SPARE`), and so do their gradients.
 """
 
 import dataclasses
@@ -61,7 +63,7 @@ def arrivals(going: jax.Array, rows: int) -> jax.Array:
     return jnp.where(going & (before < rows), before, rows)
 
 
-def send(x: jax.Array, routes: Routes, *, axis: str) -> jax.Array:
+def send(x: jax.Array, routes: Routes, *, axis: str, beside: bool = False) -> jax.Array:
     """x (T, D) -> (R, D): the rows that all devices have for this one, `routes.source` of all tokens.
 
     Rows past those are undefined: they hold what the memory held. Differentiable in x. Raises NotImplementedError where
@@ -70,10 +72,10 @@ def send(x: jax.Array, routes: Routes, *, axis: str) -> jax.Array:
     if x.shape[:1] != routes.places.shape[:1]:
         raise ValueError(f"send: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
     _check("send", x, routes, axis)
-    return _send(axis, *vary_alike(x, routes))
+    return _send(axis, beside, *vary_alike(x, routes))
 
 
-def collect(y: jax.Array, routes: Routes, *, axis: str) -> jax.Array:
+def collect(y: jax.Array, routes: Routes, *, axis: str, beside: bool = False) -> jax.Array:
     """y (R, D) -> (T, D): Σ_s y of device s [places[:, s]], in float32 over s in order, in y's dtype at the end.
 
     Tokens that went nowhere come out zero. Differentiable in y; the gradient of rows past those that came is undefined,
@@ -82,7 +84,7 @@ def collect(y: jax.Array, routes: Routes, *, axis: str) -> jax.Array:
     if y.shape[:1] != routes.source.shape:
         raise ValueError(f"collect: y has {y.shape[0]} rows and source {routes.source.shape[0]}; give both the same")
     _check("collect", y, routes, axis)
-    return _collect(axis, *vary_alike(y, routes))
+    return _collect(axis, beside, *vary_alike(y, routes))
 
 
 def why_not(rows) -> str | None:
@@ -90,25 +92,30 @@ def why_not(rows) -> str | None:
     return mosaic_gpu.why_not(rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _send(axis, x, routes):
-    return mosaic_gpu.send(x, routes.source, axis)
+def _run(function, axis, beside, *args):
+    run = functools.partial(function, axis=axis, beside=beside)
+    return mosaic_gpu.on_its_stream(run)(*args) if beside else run(*args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send(axis, beside, x, routes):
+    return _run(mosaic_gpu.send, axis, beside, x, routes.source)
 
 
 _send.defvjp(
-    lambda axis, x, routes: (mosaic_gpu.send(x, routes.source, axis), routes),
-    lambda axis, routes, grad: (mosaic_gpu.collect(grad, routes.places, axis), None),
+    lambda axis, beside, x, routes: (_send(axis, beside, x, routes), routes),
+    lambda axis, beside, routes, grad: (_run(mosaic_gpu.collect, axis, beside, grad, routes.places), None),
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect(axis, y, routes):
-    return mosaic_gpu.collect(y, routes.places, axis)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _collect(axis, beside, y, routes):
+    return _run(mosaic_gpu.collect, axis, beside, y, routes.places)
 
 
 _collect.defvjp(
-    lambda axis, y, routes: (mosaic_gpu.collect(y, routes.places, axis), routes),
-    lambda axis, routes, grad: (mosaic_gpu.send(grad, routes.source, axis), None),
+    lambda axis, beside, y, routes: (_collect(axis, beside, y, routes), routes),
+    lambda axis, beside, routes, grad: (_run(mosaic_gpu.send, axis, beside, grad, routes.source), None),
 )
 
 

@@ -8,23 +8,36 @@ each block tells every device that it is done, and block 0 stays until all block
 takes back memory that is being read. Only one block ever waits: blocks that have found no room on the GPU yet can't be
 waited for in vain, and other kernels, NCCL's too, find room beside it.
 
+Beside expert products (`beside`) the kernels go to a stream of their own, one after another, and take no more room than
+products leave: `SPARE` blocks of eight warpgroups, whose 1024 threads fill a multiprocessor's registers together, so
+that there is one on each. As many small blocks would lie one or two on every multiprocessor, and products that come
+after them would find none of their own. Why nobody waits forever: a kernel of products never waits for an exchange
+while it runs (its stream does, before it starts), so it ends whatever else there is, and leaves room; of an exchange's
+blocks only block 0 waits, for blocks that read and end without waiting; and all devices run one program, so that of the
+exchanges and of XLA's own collectives the first in its order that isn't done everywhere waits for no other one. Were
+there no room at all on one device, block 0 of the others would stay until the products there end, and no longer.
+
 Limits: Hopper; the devices of one process; bfloat16, float16 or float32; D a multiple of 128.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.compute_on import compute_on
 
+from pallas_kernels.grouped_matmul import SPARE
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.vary import vary_alike
 
 _WIDEST = 4096  # bytes of a row that a block holds in registers
 _THREADS = 128
 BLOCKS = 132 * 16
+_BESIDE = 8  # warpgroups of a block beside other kernels, with 64 registers a thread
 
 
 def why_not(rows) -> str | None:
@@ -38,14 +51,14 @@ def why_not(rows) -> str | None:
     return None if jax.process_count() == 1 else "it needs all devices in one process, on one host"
 
 
-def send(x, source, axis):
+def send(x, source, axis, beside=False):
     """(T, D), (R,) -> (R, D): row source of all devices' tokens; the rows with a source come first."""
     (T, D), R, S = x.shape, source.shape[0], lax.axis_size(axis)
     width = _width(D, x.dtype)
     count = jnp.sum(source < S * T, dtype=jnp.int32, keepdims=True)
 
     def move(r, columns, source, count, x, out):
-        there = plgpu.remote_ref(x, _name(axis, lax.div(source[r], jnp.int32(T))))
+        there = _on(x, axis, lax.div(source[r], jnp.int32(T)))
         row = lax.rem(source[r], jnp.int32(T))
         out[r, columns] = plgpu.load(there.at[row, columns], layout=_layout(width))
 
@@ -53,29 +66,42 @@ def send(x, source, axis):
         return count[0]
 
     shape = jax.ShapeDtypeStruct((R, D), x.dtype)
-    return _call("send_rows", move, rows, R, width, axis, shape, source, count, x)
+    return _call("send_rows", move, rows, R, width, axis, beside, shape, source, count, x)
 
 
-def collect(y, places, axis):
+def collect(y, places, axis, beside=False):
     """(R, D), (T, S) -> (T, D): the sum of rows `places` of the devices, in float32."""
     (R, D), (T, S) = y.shape, places.shape
     width = _width(D, jnp.float32)
 
     def move(t, columns, places, y, out):
-        me = lax.axis_index(axis)
+        me = lax.axis_index(axis) if S > 1 else jnp.int32(0)
         total = jnp.zeros((width,), jnp.float32)
         for device in range(S):
             row = places[t * S + device]
             there = row < R
             # what isn't there is read here, off the link
-            rows_of = plgpu.remote_ref(y, _name(axis, jnp.where(there, jnp.int32(device), me)))
+            rows_of = _on(y, axis, jnp.where(there, jnp.int32(device), me))
             value = plgpu.load(rows_of.at[jnp.minimum(row, R - 1), columns], layout=_layout(width))
             value = value.astype(jnp.float32)
             total += jnp.where(there, value, jnp.zeros_like(value))
         out[t, columns] = total.astype(out.dtype)
 
     shape = jax.ShapeDtypeStruct((T, D), y.dtype)
-    return _call("collect_rows", move, lambda *_: T, T, width, axis, shape, places.reshape(-1), y)
+    return _call("collect_rows", move, lambda *_: T, T, width, axis, beside, shape, places.reshape(-1), y)
+
+
+def on_its_stream(run):
+    """`run` of arrays as one asynchronous call on a stream that is not the computation's, which goes on meanwhile.
+
+    One result alone: of several, XLA would pick each from the call by another call there.
+    """
+    return compute_on(run, compute_type="gpu_stream:1", out_memory_spaces=jax.memory.Space.Device)
+
+
+def _on(ref, axis, device):
+    """`ref` of that device of the axis; the only one's own is no remote reference, which one device may not have."""
+    return plgpu.remote_ref(ref, _name(axis, device)) if lax.axis_size(axis) > 1 else ref
 
 
 def _name(axis, device):
@@ -98,25 +124,31 @@ def _layout(width: int):
     return plgpu.Layout.WG_STRIDED((width,), vec_size=_vector(width))
 
 
-def _call(name, move, rows, most, width, axis, shape, *args):
+def _call(name, move, rows, most, width, axis, beside, shape, *args):
     """`move` for every piece of `width` columns of rows(…) ≤ most rows, then word to all devices that it is done."""
-    chunks = shape.shape[1] // width
-    blocks, S = min(BLOCKS, most * chunks), lax.axis_size(axis)
+    chunks, S = shape.shape[1] // width, lax.axis_size(axis)
+    side = _BESIDE if beside else 1  # warpgroups of a block, each of which takes pieces in turn
+    blocks = min(SPARE if beside else BLOCKS, pl.cdiv(most * chunks, side))
+    workers = blocks * side
 
     def body(*refs):
-        done = pl.get_global(plgpu.SemaphoreType.REGULAR)
-        block = lax.axis_index("block")
+        worker = lax.axis_index("block")
+        if beside:
+            worker = worker * side + lax.axis_index("warpgroup")
 
         def step(i, _):
-            piece = block + i * blocks
+            piece = worker + i * workers
             move(lax.div(piece, jnp.int32(chunks)), pl.ds(lax.rem(piece, jnp.int32(chunks)) * width, width), *refs)
 
-        mine = lax.div(rows(*refs) * chunks - block + blocks - 1, jnp.int32(blocks))
+        mine = lax.div(rows(*refs) * chunks - worker + workers - 1, jnp.int32(workers))
         lax.fori_loop(0, mine, step, None)
-        for device in range(S):
-            pl.semaphore_signal(done, device_id=_name(axis, device))
-        pl.when(block == 0)(functools.partial(pl.semaphore_wait, done, value=S * blocks, decrement=False))
+        if S > 1:
+            done = pl.get_global(plgpu.SemaphoreType.REGULAR)
+            for device in range(S):
+                pl.semaphore_signal(done, device_id=_name(axis, device))
+            pl.when(worker == 0)(functools.partial(pl.semaphore_wait, done, value=S * workers, decrement=False))
 
+    threads: dict[str, Any] = {"num_threads": side, "thread_name": "warpgroup"} if beside else {}
     kernel = plgpu.kernel(
         body,
         out_type=shape,
@@ -124,6 +156,7 @@ def _call(name, move, rows, most, width, axis, shape, *args):
         grid_names=("block",),
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **threads,
     )
     # the kernel's own types know of no mesh
     return jax.tree.map(lambda out: vary_alike(out, args[0])[0], kernel(*args))

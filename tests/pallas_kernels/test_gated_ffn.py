@@ -17,7 +17,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.combine import combine, spread
 from pallas_kernels.gated_ffn import gated_ffn, mosaic_gpu
-from pallas_kernels.grouped_matmul import group_metadata, tilings
+from pallas_kernels.grouped_matmul import SPARE, group_metadata, hopper, tilings
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.grouped_matmul.hopper import Tiling
 
@@ -174,6 +174,27 @@ def test_the_hopper_kernels_lower():
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "gated_ffn_hidden" in text
     assert "gated_ffn_dlhs" in text
+
+
+@pytest.mark.parametrize("spare", [0, SPARE])
+def test_forward_and_backward_leave_multiprocessors_to_spare(spare, monkeypatch):
+    """Every kernel of a layer has 132 blocks, or as many fewer."""
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+    blocks, launch = [], hopper.launch
+    monkeypatch.setattr(hopper, "launch", lambda name, body, t, *args, **options: blocks.append((name, t.blocks)) or (
+        launch(name, body, t, *args, **options)))  # fmt: skip
+
+    def block(rows, gate, up, down, sizes):
+        metadata = group_metadata(sizes, 1000, spare)
+        return gated_ffn(rows, gate, up, down, sizes, metadata=metadata, implementation="mosaic_gpu").sum()
+
+    bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    weights = bf16((4, 256, 192)), bf16((4, 256, 192)), bf16((4, 192, 256))
+    jax.eval_shape(jax.grad(block, argnums=(0, 1, 2, 3)), bf16((1000, 256)), *weights, jnp.zeros(4, jnp.int32))
+    assert {name for name, _ in blocks} == {
+        "gated_ffn_hidden", "gated_ffn_dlhs", "grouped_matmul", "grouped_matmul_drhs",
+    }  # fmt: skip
+    assert {count for _, count in blocks} == {132 - spare}
 
 
 def test_the_block_lowers_inside_shard_map(monkeypatch):
