@@ -17,19 +17,17 @@ import json
 import os
 import sys
 import time
-from typing import Any
 
 import jax
 from absl import flags
 
 from experiments import cli
 from experiments.peer_process import Peer
-from experiments.step import Step
+from experiments.step import Step, cases
 from moejax import accounting, environment, scopes
 from moejax import config as configs
 from moejax.config import Config
 from moejax.errors import UserError
-from moejax.train_step import LOSS_WEIGHTS
 from pallas_kernels import timing
 
 _CONFIG = cli.config_flag()
@@ -39,36 +37,6 @@ _DOCUMENTS = flags.DEFINE_integer(
 )
 _ROUTING = flags.DEFINE_list("routing", [], "Those to time, of forced, no losses, real; all where left out.")
 _PEER_PYTHON = flags.DEFINE_string("peer_python", None, "An interpreter with torch and transformers.")
-
-
-def forced(config: Config) -> Config:
-    """The config with `routing.round_robin` in place of its router."""
-    assert config.model.moe is not None
-    moe = dataclasses.replace(
-        config.model.moe, router="moejax.routing:round_robin", router_options={}, bias_update_rate=0.0
-    )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
-
-
-def without_losses(config: Config) -> Config:
-    """The config without router losses and without the bias rule; statistics stay."""
-    assert config.model.moe is not None
-    off: dict[str, Any] = {weight: 0.0 for weight in LOSS_WEIGHTS.values() if weight != "mtp_weight"}
-    moe = dataclasses.replace(config.model.moe, bias_update_rate=0.0, **off)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
-
-
-def cases(config: Config, names: list[str]) -> dict[str, Config]:
-    """The configs that are timed, by name; "real" is last. names: those wanted, all if empty. UserError for others."""
-    found = {"real": config}
-    if config.model.moe is not None:
-        found = {"forced": forced(config), "no losses": without_losses(config)} | found
-    found = {name: case for name, case in found.items() if name == "real" or case != config}
-    unknown = set(names) - set(found)
-    if unknown:
-        there = ", ".join(found) + " of this config"
-        raise UserError(f"--routing={','.join(names)}: {sorted(unknown)[0]!r} is not among {there}")
-    return {name: case for name, case in found.items() if name in (names or found)}
 
 
 def prepared(name: str, config: Config) -> Step:

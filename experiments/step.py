@@ -1,4 +1,5 @@
-"""A training step on random tokens, compiled and ready to be timed: what the benchmarks share."""
+"""A training step on random tokens, compiled and ready to be timed, and the routings that it is timed with: what the
+benchmarks share."""
 
 import dataclasses
 import functools
@@ -9,8 +10,17 @@ import numpy as np
 
 from moejax import memory, optimizer, sharding
 from moejax.config import Config
+from moejax.errors import UserError
 from moejax.models.lm import LM
-from moejax.train_step import TrainState, compiled_step, create, init, state_shardings, to_devices
+from moejax.train_step import (
+    LOSS_WEIGHTS,
+    TrainState,
+    compiled_step,
+    create,
+    init,
+    state_shardings,
+    to_devices,
+)
 
 
 def random_batch(vocab_size: int, batch: int, length: int, documents: int = 1) -> dict[str, Any]:
@@ -28,6 +38,36 @@ def random_batch(vocab_size: int, batch: int, length: int, documents: int = 1) -
         found["segment_ids"] = np.broadcast_to(1 + place // length, (batch, length))
         found["positions"] = np.broadcast_to(place % length // documents, (batch, length))
     return found
+
+
+def forced(config: Config) -> Config:
+    """The config with `routing.round_robin` in place of its router."""
+    assert config.model.moe is not None
+    moe = dataclasses.replace(
+        config.model.moe, router="moejax.routing:round_robin", router_options={}, bias_update_rate=0.0
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+def without_losses(config: Config) -> Config:
+    """The config without router losses and without the bias rule; statistics stay."""
+    assert config.model.moe is not None
+    off: dict[str, Any] = {weight: 0.0 for weight in LOSS_WEIGHTS.values() if weight != "mtp_weight"}
+    moe = dataclasses.replace(config.model.moe, bias_update_rate=0.0, **off)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+
+
+def cases(config: Config, names: list[str]) -> dict[str, Config]:
+    """The configs that are timed, by name; "real" is last. names: those wanted, all if empty. UserError for others."""
+    found = {"real": config}
+    if config.model.moe is not None:
+        found = {"forced": forced(config), "no losses": without_losses(config)} | found
+    found = {name: case for name, case in found.items() if name == "real" or case != config}
+    unknown = set(names) - set(found)
+    if unknown:
+        there = ", ".join(found) + " of this config"
+        raise UserError(f"--routing={','.join(names)}: {sorted(unknown)[0]!r} is not among {there}")
+    return {name: case for name, case in found.items() if name in (names or found)}
 
 
 class Step:
