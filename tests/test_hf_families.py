@@ -57,6 +57,15 @@ def test_prefill_and_cached_decode_are_the_full_forward_at_every_position(name):
     assert cached.greedy(state, 20) == told["new"]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_of_one_place_of_each_row_alone(name):
+    """The last layer's experts then run for these tokens alone."""
+    model, variables, tokens, _, full = loaded(name)
+    places = np.array([3, 8], np.int32)
+    alone = jax.jit(lambda v, t, p: model.apply(v, t, logits_at=p))(variables, tokens, places)
+    np.testing.assert_allclose(alone[:, 0], full[np.arange(2), places], rtol=0, atol=1e-5 * np.std(full))
+
+
 @pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "qwen2_moe"])
 def test_bfloat16_is_close(name):
     """Parameters and compute in bfloat16, 8 bits of mantissa: a router may choose otherwise, most logits are near."""

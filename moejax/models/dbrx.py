@@ -74,6 +74,7 @@ class Block(parts.Block):
         config = self.config
         attention = Attention(config, self.implementation, name="attention")
         x += attention(parts.LayerNorm(name="attention_norm")(x), inputs)
+        x, inputs = inputs.at_wanted(x)
         moe = MoEConfig(
             router="moejax.models.routers:softmax_top_k",
             router_options={"norm": config.moe_normalize_expert_weights},

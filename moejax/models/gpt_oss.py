@@ -124,6 +124,7 @@ class Block(parts.Block):
         config = self.config
         attention = Attention(config, config.window(self.index), self.implementation, name="attention")
         x += attention(self.rms_norm("attention_norm")(x), inputs)
+        x, inputs = inputs.at_wanted(x)
         y, losses = BiasedExperts(config, name="moe")(self.rms_norm("ffn_norm")(x), inputs)
         return x + y, losses
 

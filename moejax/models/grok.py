@@ -92,6 +92,7 @@ class Block(parts.Block):
         attention = Attention(self.config, self.implementation, name="attention")
         y = attention(self.rms_norm("attention_norm")(x), inputs)
         x += self.rms_norm("attention_out_norm")(y)
+        x, inputs = inputs.at_wanted(x)
         y, losses = GeluExperts(self.config, name="moe")(self.rms_norm("ffn_norm")(x), inputs)
         return x + self.rms_norm("ffn_out_norm")(y), losses
 

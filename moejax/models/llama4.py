@@ -128,6 +128,7 @@ class Block(parts.Block):
         config = self.config
         attention = Attention(config, self.index, self.implementation, name="attention")
         x += attention(self.rms_norm("attention_norm")(x), inputs)
+        x, inputs = inputs.at_wanted(x)
         h = self.rms_norm("ffn_norm")(x)
         if not config.sparse(self.index):
             return x + layers.GatedFFN(config.intermediate_size_mlp, self.dtype, name="ffn")(h), {}

@@ -66,6 +66,7 @@ class Block(parts.Block):
     def __call__(self, x, inputs):
         config = self.config
         x += Attention(config, self.implementation, name="attention")(self.rms_norm("attention_norm")(x), inputs)
+        x, inputs = inputs.at_wanted(x)
         moe = MoEConfig(
             router="moejax.models.routers:softmax_top_k",
             router_options={"norm": 1.0 if config.norm_topk_prob else None},

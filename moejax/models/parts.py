@@ -21,13 +21,29 @@ INIT = nn.initializers.normal(0.02)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What every layer may look at: tokens, positions, segment_ids (B, L) i32, and two static values."""
+    """What every layer may look at: tokens, positions, segment_ids (B, L) i32, and two static values.
+
+    wanted (B,) i32: the one place of each row that is needed after a layer's attention, in the last layer before a next
+    token; None: all are.
+    """
 
     tokens: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
     mode: Mode = dataclasses.field(default="evaluate", metadata={"static": True})
     cache_length: int = dataclasses.field(default=0, metadata={"static": True})
+    wanted: jax.Array | None = None
+
+    def at_wanted(self, x: jax.Array) -> "tuple[jax.Array, Inputs]":
+        """x (B, L, D) and these at the wanted places, (B, 1, …), for what follows attention."""
+        if self.wanted is None:
+            return x, self
+        place = self.wanted[:, None]
+        tokens, positions, segment_ids = (
+            jnp.take_along_axis(a, place, axis=1) for a in (self.tokens, self.positions, self.segment_ids)
+        )
+        here = Inputs(tokens, positions, segment_ids, self.mode, self.cache_length)
+        return jnp.take_along_axis(x, place[:, :, None], axis=1), here
 
     @property
     def mask(self) -> jax.Array:
@@ -172,16 +188,19 @@ class Decoder(nn.Module):
         x = sharding.constrain(self.scale_embedding(x), "batch", "length", "activation")
         block = nn.remat(self.block) if self.remat else self.block
         losses: list[dict[str, jax.Array]] = []
+        alone = logits_at is not None and tokens.shape[1] > 1 and not return_losses
         for i in range(self.config.num_hidden_layers):
             layer = block(self.config, i, jnp.dtype(self.dtype), self.implementation, name=f"layer_{i}")
-            x, found = layer(x, inputs)
+            last = i == self.config.num_hidden_layers - 1
+            x, found = layer(x, dataclasses.replace(inputs, wanted=logits_at) if alone and last else inputs)
             losses += [found] if found else []
         x, kernel = self.final_norm()(x), self.head(table)
         if targets is not None:
             out = loss.of_hidden(x, kernel, targets, mask, self.scale_logits)
         else:
             with jax.named_scope("head"):
-                wanted = x if logits_at is None else jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
+                there = alone or logits_at is None
+                wanted = x if there else jnp.take_along_axis(x, logits_at[:, None, None], axis=1)
                 out = self.scale_logits(layers.linear(wanted, kernel, jnp.float32))
         if not return_losses and not self.is_initializing():
             return out

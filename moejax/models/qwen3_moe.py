@@ -71,6 +71,7 @@ class Block(parts.Block):
     def __call__(self, x, inputs):
         config = self.config
         x += Attention(config, self.implementation, name="attention")(self.rms_norm("attention_norm")(x), inputs)
+        x, inputs = inputs.at_wanted(x)
         h = self.rms_norm("ffn_norm")(x)
         if not config.sparse(self.index):
             return x + layers.GatedFFN(config.intermediate_size, self.dtype, name="ffn")(h), {}
