@@ -58,6 +58,7 @@ def main() -> None:
     devices = described(TOPOLOGY.value, SLICES.value)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh), devices)
     train.check_batch(config, mesh)
+    train.check_exchange(config, mesh)
     print(f"{mesh.devices.size} of {len(devices)} {devices[0].device_kind} devices, mesh {dict(mesh.shape)}")
     print(accounting.describe(config.model, config.data.sequence_length))
     clock = time.perf_counter()

@@ -69,6 +69,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     config = with_vocabulary(config, corpus.vocab_size)
     check_resumable(stored, config, workdir)
     check_batch(config, mesh)
+    if family is None:  # published families exchange in the platform's own way, in one chunk
+        check_exchange(config, mesh)
     if jax.process_count() > 1:
         distributed.check_alike(facts(config, workdir, corpus))
 
@@ -206,7 +208,7 @@ def check_resumable(stored: Config | None, config: Config, workdir: Path) -> Non
 
 
 def check_batch(config: Config, mesh) -> None:
-    """UserError unless the batch splits evenly over devices and microbatches, and a device's part can be exchanged."""
+    """UserError unless the batch splits evenly over devices and microbatches."""
     shards = sharding.batch_shards(mesh)
     parts = shards * config.train.accumulation_steps
     if config.data.batch_size % parts:
@@ -214,14 +216,18 @@ def check_batch(config: Config, mesh) -> None:
             f"data.batch_size={config.data.batch_size} must be a multiple of {parts}: {shards} batch shards of "
             f"the mesh × {config.train.accumulation_steps} microbatches"
         )
+
+def check_exchange(config: Config, mesh) -> None:
+    """UserError where a device's part of a microbatch of the research LM can't be exchanged as the config asks."""
     model, moe = config.model, config.model.moe
     if moe is None or mesh.shape["expert"] == 1 or moe.dispatch == "dense":
         return  # nothing is exchanged
     decision = abstract_decision(moe)
     if isinstance(decision, Routing) or moe.group == "sequence":
-        held = (config.data.batch_size // parts, config.data.sequence_length, model.width)
-        x = jax.ShapeDtypeStruct(held, jnp.dtype(model.dtype))
-        exchanged.check(moe, mesh.shape["expert"], x, decision)
+        rows = config.data.batch_size // sharding.batch_shards(mesh) // config.train.accumulation_steps
+        x = jax.ShapeDtypeStruct((rows, config.data.sequence_length, model.width), jnp.dtype(model.dtype))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # its platform counts, which may not be this machine's
+            exchanged.check(moe, mesh.shape["expert"], x, decision)
 
 
 def facts(config: Config, workdir: Path, corpus: data.Corpus) -> dict[str, Any]:
@@ -249,7 +255,7 @@ def begin(workdir: Path, config: Config, model, tx, mesh, shardings: TrainState,
     if state is None:
         state = create(model, tx, mesh, config.seed)
         if config.train.init_from:
-            state = start_from(state, config.train.init_from, shardings)
+            state = start_from(state, config.train.init_from, model, tx, mesh)
     return state
 
 
@@ -283,26 +289,51 @@ def _like(shapes, shardings):
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
 
 
-def start_from(state: TrainState, directory: str, shardings: TrainState) -> TrainState:
+def start_from(state: TrainState, directory: str, model, tx, mesh) -> TrainState:
     """A new run's state with the parameters of the run in `directory`, and its selection biases if it has any.
 
-    A run without biases (balanced by a loss) can start one with: its biases begin at 0.
+    That run's layers may be stacked where this one's are not, or the other way round. A run without biases (balanced by
+    a loss) can start one with: its biases begin at 0.
     """
+    places = state_shardings(model, tx, mesh)
+    try:
+        trees = _kept_of(directory, state, places)
+    except UserError:
+        trees = _of_the_other_form(directory, model, tx, mesh, places) if isinstance(model, LM) else {}
+        if not trees:
+            raise
+    if jax.tree.leaves(state.router_state) and "router_state" not in trees:
+        _log.warning("train.init_from=%s: that run has no selection biases; here they begin at 0", directory)
+    return dataclasses.replace(state, **trees)
+
+
+def _of_the_other_form(directory: str, model: LM, tx, mesh, places: TrainState) -> dict[str, Any]:
+    """`_kept_of` a run whose layers are kept the other way, turned into this one; {} where that doesn't fit either."""
+    other = model.clone(config=dataclasses.replace(model.config, scan_layers=not model.config.scan_layers))
+    shapes = jax.eval_shape(functools.partial(init, other, tx), jax.random.key(0))
+    try:
+        trees = _kept_of(directory, shapes, state_shardings(other, tx, mesh))
+    except UserError:
+        return {}
+    there = {name: getattr(places, name) for name in trees}
+    turn = jax.jit(lambda trees: {k: model.rearranged(tree) for k, tree in trees.items()}, out_shardings=there)
+    return turn(trees)
+
+
+def _kept_of(directory: str, shapes: TrainState, shardings: TrainState) -> dict[str, Any]:
+    """params of the run in `directory`, and router_state if it has one, in the form of `shapes`."""
 
     def like(name):
-        return {name: _like(getattr(state, name), getattr(shardings, name))}
+        return {name: _like(getattr(shapes, name), getattr(shardings, name))}
 
     found = checkpoint.restore(directory, like("params"))
     if found is None:
         raise UserError(f"train.init_from={directory}: there is no checkpoint")
-    trees = found.trees
-    if (found.path / "router_state").is_dir():
-        biases = checkpoint.restore(found.path, like("router_state"))
-        assert biases is not None
-        trees |= biases.trees
-    elif jax.tree.leaves(state.router_state):
-        _log.warning("train.init_from=%s: that run has no selection biases; here they begin at 0", directory)
-    return dataclasses.replace(state, **trees)
+    if not (found.path / "router_state").is_dir():
+        return found.trees
+    biases = checkpoint.restore(found.path, like("router_state"))
+    assert biases is not None
+    return found.trees | biases.trees
 
 
 def describe(sizes: models.Preset | None, config: Config) -> str:

@@ -206,14 +206,14 @@ def test_init_from_with_and_without_selection_biases(tmp_path, old, new, caplog)
         model, tx = LM(settings.model), optimizer.make(settings.optimizer)
         shapes = jax.eval_shape(functools.partial(train_step.init, model, tx), jax.random.key(0))
         places = train.state_shardings(model, tx, mesh)
-        return jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), places), places
+        return jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), places), model, tx
 
-    before, _ = begin(old)
+    before, *_ = begin(old)
     before = jax.tree.map(lambda a: a + jnp.ones((), a.dtype), before)
     with checkpoint.Checkpointer(tmp_path) as saver:
         saver.save(7, {name: getattr(before, name) for name in train.TREES}, data={}, config={})
-    state, places = begin(new)
-    found = train.start_from(state, str(tmp_path), places)
+    state, model, tx = begin(new)
+    found = train.start_from(state, str(tmp_path), model, tx, mesh)
     jax.tree.map(np.testing.assert_array_equal, found.params, before.params)
     biases = jax.tree.leaves(found.router_state)
     assert len(biases) == (new == "aux_free")
@@ -222,6 +222,28 @@ def test_init_from_with_and_without_selection_biases(tmp_path, old, new, caplog)
     assert int(found.step) == 0
     said = [record.message for record in caplog.records]
     assert ("has no selection biases; here they begin at 0" in "".join(said)) == ((old, new) == ("top_k", "aux_free"))
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_init_from_a_run_whose_layers_are_kept_the_other_way(tmp_path, scanned, caplog):
+    """Stacked ones from one by one, and the other way round, onto a mesh that splits them."""
+    mesh = sharding.make_mesh({"fsdp": 2, "expert": 4})
+    settings = [
+        small.config(small.ROUTERS["aux_free"], model={"scan_layers": way, "num_layers": 3, "first_dense_layers": 1})
+        for way in (not scanned, scanned)
+    ]
+    models, tx = [LM(each.model) for each in settings], optimizer.make(settings[0].optimizer)
+    before, state = (train_step.create(model, tx, mesh, seed) for seed, model in enumerate(models))
+    with checkpoint.Checkpointer(tmp_path) as saver:
+        saver.save(7, {name: getattr(before, name) for name in train.TREES}, data={}, config={})
+    found = train.start_from(state, str(tmp_path), models[1], tx, mesh)
+    same = train_step.create(models[1], tx, mesh, 0)
+    jax.tree.map(np.testing.assert_array_equal, (found.params, found.router_state), (same.params, same.router_state))
+    for leaf, wanted in zip(jax.tree.leaves(found.params), jax.tree.leaves(same.params), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    other = dataclasses.replace(models[1].config, width=16)
+    with pytest.raises(UserError, match="is of another model"):
+        train.start_from(train_step.create(LM(other), tx, mesh, 0), str(tmp_path), LM(other), tx, mesh)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(place, tmp_path, caplog):

@@ -169,6 +169,13 @@ class LM(nn.Module):
         """
         return tree if self.config.scan_layers else layer_by_layer(self.config, tree, take)
 
+    def rearranged(self, tree: dict[str, Any]) -> dict[str, Any]:
+        """What `arranged` gives, of a collection that is arranged the other way."""
+        if not self.config.scan_layers:
+            return self.arranged(tree)
+        names = [name for name, _, _ in stacks(self.config) if name in tree]
+        return tree | _together({name: tree[name] for name in names})
+
 
 def stacks(config: ModelConfig) -> list[tuple[str, int, bool]]:
     """(name, length, whether sparse) of the stacks that `init` makes, in their order."""
