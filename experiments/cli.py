@@ -248,4 +248,6 @@ def _set_up_logging() -> None:
         logger.setLevel(level)
         logger.addHandler(_Lines(level))
         logger.propagate = False
+    for name in ("moejax.exchange", "moejax.attention"):  # what they pick by platform
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every backend that isn't there

@@ -81,11 +81,11 @@ class Step:
         self._model, self._tx, self._seed = LM(config.model), optimizer.make(config.optimizer), config.seed
         shardings = state_shardings(self._model, self._tx, self.mesh)
         assert config.model.vocab_size is not None
+        shapes = jax.eval_shape(functools.partial(init, self._model, self._tx), jax.random.key(0))
+        state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
         with jax.set_mesh(self.mesh):
             rows = random_batch(config.model.vocab_size, batch, length, documents)
             self._batch = to_devices(rows, sharding.batch_sharding(self.mesh))
-            shapes = jax.eval_shape(functools.partial(init, self._model, self._tx), jax.random.key(0))
-            state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
             step = compiled_step(self._model, self._tx, config, shardings)
             self.compiled = step.lower(state, self._batch).compile()
         gradients = memory.of_state(state.params, shardings.params)
@@ -93,8 +93,7 @@ class Step:
         self._state: TrainState | None = None
 
     def __call__(self) -> object:
-        with jax.set_mesh(self.mesh):
-            state = self._state or create(self._model, self._tx, self.mesh, self._seed)
+        state = self._state or create(self._model, self._tx, self.mesh, self._seed)
         self._state, metrics = self.compiled(state, self._batch)
         return self._state, metrics
 

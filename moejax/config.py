@@ -77,7 +77,8 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "float32"  # of the compute; the router's is float32
     param_dtype: Literal["bfloat16", "float32"] = "float32"  # of parameters and of the optimizer's moments
     attention_implementation: str | None = None  # of attention.attend; None: the fastest that runs here
-    scan_layers: bool = True  # False: layer by layer, an array each (same values, longer compile, less memory)
+    scan_layers: bool = True  # False: layer by layer, an array each (longer compile, less memory; the
+    # same values, but that adafactor clips each layer's update by itself)
     remat: Literal["none", "full", "dots"] = "none"  # dots: keep what products and attention give
 
 

@@ -42,7 +42,8 @@ class Stream:
     tokens: (n,) uint16 or uint32, memory-mapped; n = 0 for an empty split.
     starts: (documents,) int64, the place in `tokens` of the end-of-document token that opens each document.
     extra_bytes: (documents,) int32, what a document's UTF-8 bytes differ by from the sum of its tokens' byte_lengths:
-        0 for bytes and byte-level BPE, and what makes bits per byte exact for tokenizers that normalise or drop text.
+        0 for bytes and byte-level BPE, and what makes bits per byte exact for tokenizers that normalise or drop text
+        (but where a document's tail is held out, for which it is shared out by tokens).
     """
 
     tokens: np.ndarray
@@ -317,10 +318,12 @@ def _hold_out_tails(folder: str, dtype: str, tokenizer: Tokenizer, eval_fraction
         for start, end, extra_bytes in zip(stream.starts.tolist(), ends, stream.extra_bytes, strict=True):
             cut = end - max(1, round((end - start - 1) * eval_fraction))
             at = np.zeros(1, np.int64)
+            # by their share of the tokens: which token the bytes are of isn't known
+            first = np.rint(extra_bytes[None] * ((cut - start - 1) / max(end - start - 1, 1))).astype(np.int32)
             if cut > start + 1:
-                train.write(Stream(stream.tokens[start:cut], at, extra_bytes[None]))
+                train.write(Stream(stream.tokens[start:cut], at, first))
             tail = np.concatenate([stream.tokens[start : start + 1], stream.tokens[cut:end]])
-            heldout.write(Stream(tail, at, np.zeros(1, np.int32)))
+            heldout.write(Stream(tail, at, extra_bytes[None] - first))
     finally:
         train.close()
         heldout.close()

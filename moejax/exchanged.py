@@ -46,6 +46,8 @@ def check(moe: MoEConfig, devices: int, x, decision) -> None:
     token_choice = isinstance(decision, Routing)
     check_chunks(moe.exchange_chunks, B, L, token_choice)
     way = exchange.pick(moe.exchange, token_choice)
+    if way != "gather" and not token_choice:
+        raise UserError(f"config.model.moe.exchange={way!r} can't move rows of expert choice: give 'gather'")
     tokens, mine = B * L // moe.exchange_chunks, moe.num_experts // devices
     if way == "all_to_all":
         exchange.rows_per_pair(moe.exchange_factor, tokens, decision.experts.shape[-1], mine, devices)

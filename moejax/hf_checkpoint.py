@@ -61,22 +61,27 @@ def convert(
     piece = max(PIECE_BYTES, size // MOST_PIECES)
     found = hf_import.pieces(tensors, family, config, shapes, piece, None if dtype is None else jnp.dtype(dtype))
     # Code that config.json's auto_map names goes along.
-    beside = [source / name for name in BESIDE if (source / name).is_file()] + sorted(source.glob("*.py"))
+    names = [*BESIDE, *sorted(path.name for path in source.glob("*.py"))]
+    beside = {name: hf_export.content(source / name) for name in names if (source / name).is_file()}
+    tokenizer = workdir / "tokenizer"
     with writing(workdir):
         root.mkdir(parents=True, exist_ok=True)
-        hf_export.check_room(workdir, size + sum(path.stat().st_size for path in beside))
+        hf_export.check_room(workdir, size + sum(map(len, beside.values())))
+        ours = not tokenizer.exists()
         try:
             if partial.is_dir():
                 shutil.rmtree(partial)
             write_streamed(partial, shapes, piece, found)
-            (workdir / "tokenizer").mkdir(exist_ok=True)
-            for path in beside:
-                shutil.copyfile(path, workdir / "tokenizer" / path.name)
+            tokenizer.mkdir(exist_ok=True)
+            for name, content in beside.items():
+                (tokenizer / name).write_bytes(content)
             described = {"family": family.name, "model": schema.to_dict(config), "hf": raw, "dtype": dtype}
             _write_manifest(partial, shapes, described)
             partial.rename(root / "0")
         except BaseException:
             shutil.rmtree(root, ignore_errors=True)
+            if ours:
+                shutil.rmtree(tokenizer, ignore_errors=True)
             raise
     count = sum(math.prod(shape) for path, shape in shapes.items() if path.startswith("params/"))
     told = {"family": family.name, "parameters": count, "tensors": len(tensors.shapes), "left_out": tensors.left_out}

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from moejax import hf_import, hf_tensors, safetensors
-from moejax.errors import UserError, writing
+from moejax.errors import UserError, reading, writing
 from moejax.models.family import Family
 
 SHARD_BYTES = 5 * 10**9
@@ -60,11 +60,11 @@ def export(
     total = sum(map(_bytes, specs.values()))
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
+    further = {name: content(file) for name, file in (beside or {}).items()}
     with writing(target):
         partial.mkdir(parents=True)
     values = _values(rules, read)
     with writing(target), _removed_on_failure(partial):
-        further = {name: _content(file) for name, file in (beside or {}).items()}
         check_room(partial, total + sum(map(len, further.values())))
         for file, part in shards.items():
             safetensors.write(partial / file, part, (next(values) for _ in part))
@@ -74,14 +74,18 @@ def export(
             (partial / safetensors.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         whole = config_json(family, config, dtypes, raw)
         (partial / "config.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-        for name, content in further.items():
-            (partial / name).write_bytes(content)
+        for name, whole_file in further.items():
+            (partial / name).write_bytes(whole_file)
         partial.rename(target)
     return total
 
 
-def _content(file: Path | str) -> bytes:
-    return file.encode() if isinstance(file, str) else file.read_bytes()
+def content(file: Path | str) -> bytes:
+    """Of the file at a path, or of a text. UserError where it can't be read."""
+    if isinstance(file, str):
+        return file.encode()
+    with reading(file):
+        return file.read_bytes()
 
 
 @contextlib.contextmanager

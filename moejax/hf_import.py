@@ -200,7 +200,8 @@ def pieces(
     """(path, first, array) of every parameter: rows first … of its first axis, in their order.
 
     shapes: as `check` gave them. size: bytes of a piece, or one row where that is more. Nothing larger is made on the
-    way, so a wider dtype or quantised experts take no more memory than they must.
+    way (but of float8, whose tensors are dequantised whole), so a wider dtype or quantised experts take no more memory
+    than they must.
     """
     for rule in family.rules(config):
         targets = {path: parameter_dtype(source, rule, path, dtype) for path in rule.paths}

@@ -53,13 +53,16 @@ def check_sizes(kept: int, temporary: int, gradients: int, available: int, confi
     """`check_step` in numbers: bytes of arguments and results, and of what lives only during the step.
 
     What would fit is reckoned with activations in proportion to the rows of a microbatch, beside one copy of the
-    gradients, and with microbatches a second one, their sum.
+    gradients, and with microbatches a second one, their sum. Where layers are kept one by one a gradient takes the room
+    of activations that have gone: all that is temporary may then be activations.
     """
     if kept + temporary <= available:
         return
     batch, parts = config.data.batch_size, config.train.accumulation_steps
     rows = batch // (shards * parts)  # of a microbatch on a device
     copies = 1 if parts == 1 else 2
+    if parts == 1 and not config.model.scan_layers:
+        copies = 0
     activations = max(temporary - copies * gradients, 1)
 
     def fitting(copies: int) -> int:

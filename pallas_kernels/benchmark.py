@@ -6,8 +6,9 @@
 --op: forward, dlhs and drhs of the products up and down, and both, all three; gated_ffn, combine and spread, and
 gated_ffn_both and combine_both, which are values and all gradients (`block_ops`).
 
-Peers on a GPU: a dense product of the same FLOPs, `lax.ragged_dot` (as "xla"), tokamax where it is installed, and with
---peer_python torch's grouped product. --implementation names what is timed beside the dense product, peers among it.
+Peers on a GPU: a dense product of the same FLOPs, `lax.ragged_dot` (as "xla", for up to 32 experts: it takes the work
+and the memory of all), tokamax where it is installed, and with --peer_python torch's grouped product. --implementation
+names what is timed beside the dense product, peers among it.
 
 Medians of five rounds, in which every implementation of a case runs in turn (so that all see the same clocks), torch in
 a process of its own among them, with the fastest and slowest round. Weights of a case are larger than the caches
@@ -39,7 +40,8 @@ from pallas_kernels.timing import rounds
 
 OPS = ("forward", "dlhs", "drhs", "both")
 _AGAIN = 8  # times a decode shape's product runs in one program
-_SLOW = ("xla",)  # a hundredth of our rate at many experts: launched once a round
+_SLOW = ("xla",)  # launched once a round
+_FEW_EXPERTS = 32
 _PEER = Path(__file__).parent / "peers" / "torch_products.py"
 
 
@@ -233,7 +235,7 @@ def timed(case) -> list[str]:
     own = pick(jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16))
     if case["ops"][0] in block_ops.OPS or jax.default_backend() != "gpu":
         return [own]
-    return list(dict.fromkeys([own, "xla", *jax_products.present()]))
+    return list(dict.fromkeys([own, *(["xla"] if E <= _FEW_EXPERTS else []), *jax_products.present()]))
 
 
 def run(todo: list[dict], implementations: list[str], peer_python: str | None, copied: float) -> list[dict]:

@@ -7,10 +7,11 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from data_helpers import all_documents, documents_of, prepare, write_folder
 
-from moejax import data_cache
+from moejax import data_cache, tokenizers
 from moejax.errors import UserError
 
 
@@ -157,6 +158,21 @@ def test_full_disk_leaves_no_half_entry(tmp_path, monkeypatch):
             prepare(tmp_path, f"text:{tmp_path}/text/*")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert all_documents(prepare(tmp_path, f"text:{tmp_path}/text/*")) == sorted(documents)
+
+
+def test_held_out_tails_take_their_share_of_the_bytes_that_tokens_do_not_tell(tmp_path):
+    """A document of ten tokens of one byte each, in truth 40 bytes: 30 more, of which eight tokens take 24."""
+    bytes_tokenizer = tokenizers.load("bytes")
+    end = bytes_tokenizer.end_of_document
+    for split, tokens in (("train", [end, *range(65, 75), end, 65]), ("heldout", [])):
+        writer = data_cache._Writer(str(tmp_path), split, "uint16", end)
+        starts = np.array([0, 11][: 2 * bool(tokens)], np.int64)
+        writer.write(data_cache.Stream(np.array(tokens, np.int32), starts, np.array([30, 7], np.int32)[: len(starts)]))
+        writer.close()
+    data_cache._hold_out_tails(str(tmp_path), "uint16", bytes_tokenizer, 0.2)
+    train, held = (data_cache._open_stream(str(tmp_path), split, "uint16") for split in ("train", "heldout"))
+    assert (train.extra_bytes.tolist(), held.extra_bytes.tolist()) == ([24], [6, 7])
+    assert held.tokens.tolist() == [end, 73, 74, end, 65, end]
 
 
 def test_cache_folder_default(monkeypatch):

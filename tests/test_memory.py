@@ -25,6 +25,11 @@ def config(batch_size=16, accumulation=1, remat="none", param_dtype="float32"):
     )
 
 
+def apart():
+    one = config()
+    return dataclasses.replace(one, model=dataclasses.replace(one.model, scan_layers=False))
+
+
 def test_what_fits_is_let_through():
     memory.check_sizes(60, 40, 0, 100, config(), shards=1)
 
@@ -38,6 +43,8 @@ def test_what_fits_is_let_through():
         (config(), 80, 10, "accumulation_steps=4; or config.data.batch_size=6; or "),
         # Two microbatches of 8 rows; two copies of gradients leave 20 of 40, 100 are activations: 1 row.
         (config(accumulation=2), 120, 10, "accumulation_steps=16; or config.data.batch_size=2; or "),
+        # Layers one by one: all 80 may be activations, 16 · 40 / 80 = 8 rows; with a sum of gradients 16 · 20 / 80 = 4.
+        (apart(), 80, 10, "accumulation_steps=4; or config.data.batch_size=8; or "),
         # 3 rows of 7 fit: only single rows are an equal share of 7.
         (config(batch_size=7), 80, 0, "accumulation_steps=7; or config.data.batch_size=3; or "),
         # Not one row of 16 fits in 40 of 800: only other ways help.

@@ -9,8 +9,8 @@ As OLMoE but for the norm of queries and keys, which is each head's here, and th
 parameters fewer. Parameters and moments are bfloat16, so that all fits one GPU; --config.model.param_dtype=float32
 trains with float32 master weights, as one would where there is room (83 GB of state).
 
-A step takes 68 GB with its layers one by one and the results of products kept, and one to two and a half minutes to
-start, once: the compiled program is kept for later runs, which start in 20 seconds. --config.model.scan_layers=True
+A step takes 68 GB by the compiler with its layers one by one and the results of products kept, and minutes to start,
+once: the compiled program is kept for later runs, which start in 20 seconds. --config.model.scan_layers=True
 --config.model.remat=full compiles faster, takes less memory and longer a step.
 """
 

@@ -1,6 +1,7 @@
-"""How the Hopper kernels divide shared memory: `tilings.json`, measured by `python -m pallas_kernels.tune --write`.
+"""How the Hopper kernels divide shared memory: `tilings.json`, which `python -m pallas_kernels.tune --write` updates.
 
-chip -> {"measured": when and with what, op -> {bucket of shapes -> {"stages": …, "pieces": …}}}.
+chip -> {op -> {bucket of shapes -> {"stages": …, "pieces": …, "measured": when and with what}}}. A short sum wants its
+tile stored at once; a weight gradient, whose first and last stages are masked, a longer ring.
 """
 
 import functools
@@ -35,7 +36,11 @@ def table(chip: str) -> dict[str, dict[str, Tiling]]:
     """op -> bucket -> tiling."""
     known = json.loads(FILE.read_text())
     found = known.get(chip, known[_MEASURED])
-    return {op: {name: Tiling(**found[op][name]) for name in names} for op, names in BUCKETS.items()}
+
+    def tiling(entry):
+        return Tiling(entry["stages"], entry["pieces"])
+
+    return {op: {name: tiling(found[op][name]) for name in names} for op, names in BUCKETS.items()}
 
 
 def write(chip: str, measured: str, kept: dict[str, dict[str, Tiling]]) -> None:
@@ -43,7 +48,7 @@ def write(chip: str, measured: str, kept: dict[str, dict[str, Tiling]]) -> None:
     known = json.loads(FILE.read_text())
     found = known.get(chip, known[_MEASURED])
     for op, tilings in kept.items():
-        fields = {name: {"stages": t.stages, "pieces": t.pieces} for name, t in tilings.items()}
+        fields = {n: {"stages": t.stages, "pieces": t.pieces, "measured": measured} for n, t in tilings.items()}
         found = found | {op: found[op] | fields}
-    FILE.write_text(json.dumps(known | {chip: found | {"measured": measured}}, indent=2) + "\n")
+    FILE.write_text(json.dumps(known | {chip: found}, indent=2) + "\n")
     table.cache_clear()

@@ -54,7 +54,8 @@ def test_a_chip_without_figures_takes_the_measured_ones(own_file):
     assert tilings.table("NVIDIA H100 80GB HBM3")["drhs"]["short sums"] == Tiling(4, 2)
     assert tilings.table("NVIDIA H100 80GB HBM3")["drhs"]["long sums"] == kept("drhs", "long sums")
     assert kept("drhs", "short sums") != Tiling(4, 2)
-    assert json.loads(own_file.read_text())["NVIDIA H100 80GB HBM3"]["measured"] == "today"
+    written = json.loads(own_file.read_text())["NVIDIA H100 80GB HBM3"]["drhs"]
+    assert [written[bucket]["measured"] == "today" for bucket in ("short sums", "long sums")] == [True, False]
 
 
 def test_summary_by_hand():
