@@ -7,7 +7,7 @@ import pytest
 
 from experiments.configs import fine_grained_aux_free
 from moejax import config as configs
-from moejax import sharding
+from moejax import sharding, train
 from moejax.collectives import collectives
 
 pytestmark = pytest.mark.tpu
@@ -29,6 +29,7 @@ def step_text(mesh_sizes: dict[str, int], **moe) -> str:
     given.mesh.update({"data": 1} | mesh_sizes)
     config = configs.settle(configs.from_config_dict(given))
     mesh = sharding.make_mesh(asdict(config.mesh), compile_ahead.described("v5p:2x2x1"))
+    train.check_exchange(config, mesh)  # asks the mesh's platform, not this machine's
     text = compile_ahead.compile_step(config, mesh).as_text()
     assert text is not None
     return text
