@@ -17,6 +17,7 @@ import numpy as np
 
 from moejax import (
     accounting,
+    beginning,
     checkpoint,
     data,
     distributed,
@@ -39,10 +40,9 @@ from moejax.errors import UserError
 from moejax.models.lm import LM
 from moejax.moe import abstract_decision
 from moejax.routing import Routing
-from moejax.train_step import TrainState, compiled_step, create, init, state_shardings, to_devices
+from moejax.train_step import TrainState, compiled_step, state_shardings, to_devices
 
 _log = logging.getLogger(__name__)
-TREES = ("params", "router_state", "opt_state", "load")
 DEAD_LINES = 3  # an expert without a token for this many logged lines is worth a warning; a line counts its own steps
 
 
@@ -78,7 +78,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     tx = optimizer.make(config.optimizer)
     with implementations_named(config):
         shardings = state_shardings(model, tx, mesh)
-    state = begin(workdir, config, model, tx, mesh, shardings, corpus)
+    state = beginning.begin(workdir, config, model, tx, mesh, shardings, corpus)
     start, end = int(state.step), min(config.train.steps, stop_at or config.train.steps)
 
     sizes = None if family is None else published.count(family)
@@ -244,98 +244,6 @@ def facts(config: Config, workdir: Path, corpus: data.Corpus) -> dict[str, Any]:
     }
 
 
-def begin(workdir: Path, config: Config, model, tx, mesh, shardings: TrainState, corpus: data.Corpus) -> TrainState:
-    """The state to go on from: of the newest whole checkpoint, else new, with parameters of train.init_from if given.
-
-    UserError where a device can't hold it.
-    """
-    shapes = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
-    memory.check_state(memory.of_state(shapes, shardings), memory.limit(), config)
-    state = restore(workdir, shapes, shardings, corpus.content_hash, corpus.tokenizer.text)
-    if state is None:
-        state = create(model, tx, mesh, config.seed)
-        if config.train.init_from:
-            state = start_from(state, config.train.init_from, model, tx, mesh)
-    return state
-
-
-def restore(
-    workdir: Path, shapes: TrainState, shardings: TrainState, content_hash: str, tokenizer: str | None = None
-) -> TrainState | None:
-    """The state of the newest whole checkpoint, on the mesh of `shardings`; None where there is none.
-
-    tokenizer: the text of its file, None for bytes. UserError where the text or the tokenizer is another than then.
-    """
-    targets = {name: _like(getattr(shapes, name), getattr(shardings, name)) for name in TREES}
-    found = checkpoint.restore(workdir, targets)
-    if found is None:
-        return None
-    before = found.data["content_hash"]
-    if before != content_hash:
-        raise UserError(
-            f"{workdir}: the text has changed since step {found.step} (content {before[:12]}, now {content_hash[:12]}):"
-            " restore the files, or give another --workdir"
-        )
-    if found.data.get("tokenizer", tokenizer) != tokenizer:
-        raise UserError(
-            f"{workdir}: the tokenizer's file has changed since step {found.step}, and its ids mean other text now: "
-            "restore the file, or give another --workdir"
-        )
-    step = jax.device_put(jnp.asarray(found.step, jnp.int32), shardings.step)
-    return TrainState(step=step, **{name: found.trees[name] for name in TREES})
-
-
-def _like(shapes, shardings):
-    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
-
-
-def start_from(state: TrainState, directory: str, model, tx, mesh) -> TrainState:
-    """A new run's state with the parameters of the run in `directory`, and its selection biases if it has any.
-
-    That run's layers may be stacked where this one's are not, or the other way round. A run without biases (balanced by
-    a loss) can start one with: its biases begin at 0.
-    """
-    places = state_shardings(model, tx, mesh)
-    try:
-        trees = _kept_of(directory, state, places)
-    except UserError:
-        trees = _of_the_other_form(directory, model, tx, mesh, places) if isinstance(model, LM) else {}
-        if not trees:
-            raise
-    if jax.tree.leaves(state.router_state) and "router_state" not in trees:
-        _log.warning("train.init_from=%s: that run has no selection biases; here they begin at 0", directory)
-    return dataclasses.replace(state, **trees)
-
-
-def _of_the_other_form(directory: str, model: LM, tx, mesh, places: TrainState) -> dict[str, Any]:
-    """`_kept_of` a run whose layers are kept the other way, turned into this one; {} where that doesn't fit either."""
-    other = model.clone(config=dataclasses.replace(model.config, scan_layers=not model.config.scan_layers))
-    shapes = jax.eval_shape(functools.partial(init, other, tx), jax.random.key(0))
-    try:
-        trees = _kept_of(directory, shapes, state_shardings(other, tx, mesh))
-    except UserError:
-        return {}
-    there = {name: getattr(places, name) for name in trees}
-    turn = jax.jit(lambda trees: {k: model.rearranged(tree) for k, tree in trees.items()}, out_shardings=there)
-    return turn(trees)
-
-
-def _kept_of(directory: str, shapes: TrainState, shardings: TrainState) -> dict[str, Any]:
-    """params of the run in `directory`, and router_state if it has one, in the form of `shapes`."""
-
-    def like(name):
-        return {name: _like(getattr(shapes, name), getattr(shardings, name))}
-
-    found = checkpoint.restore(directory, like("params"))
-    if found is None:
-        raise UserError(f"train.init_from={directory}: there is no checkpoint")
-    if not (found.path / "router_state").is_dir():
-        return found.trees
-    biases = checkpoint.restore(found.path, like("router_state"))
-    assert biases is not None
-    return found.trees | biases.trees
-
-
 def describe(sizes: models.Preset | None, config: Config) -> str:
     """The model in one line; of a published family also what is taken from config.model, and what is not."""
     if sizes is None:
@@ -356,7 +264,7 @@ def save(
 ) -> None:
     """Begins to save: parameters, router state, optimizer state, loads, the position in the data and its tokenizer."""
     step = int(state.step)
-    trees = {name: getattr(state, name) for name in TREES}
+    trees = {name: getattr(state, name) for name in beginning.TREES}
     data_state = {"step": step, "content_hash": corpus.content_hash, "tokenizer": corpus.tokenizer.text}
     stored = configs.to_dict(config)
     saver.save(step, trees, data=data_state, config=stored if family is None else family | {"run": stored})

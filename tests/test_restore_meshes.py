@@ -9,7 +9,7 @@ import pytest
 import small
 from jax.sharding import PartitionSpec
 
-from moejax import checkpoint, optimizer, sharding, train
+from moejax import beginning, checkpoint, optimizer, sharding
 from moejax.models.lm import LM
 from moejax.train_step import init, state_shardings
 
@@ -44,17 +44,17 @@ def saved(tmp_path_factory):
     for sizes, folder in folders.items():
         state = jax.device_put(wanted(), shardings(sizes))
         with checkpoint.Checkpointer(folder) as saver:
-            trees = {name: getattr(state, name) for name in train.TREES}
+            trees = {name: getattr(state, name) for name in beginning.TREES}
             saver.save(7, trees, data={"content_hash": "c"}, config={})
     return folders
 
 
 @pytest.mark.parametrize(("before", "now"), list(itertools.permutations(MESHES, 2)))
 def test_any_mesh_restores_onto_any(saved, before, now):
-    found = train.restore(saved[before], wanted(), shardings(now), "c")
+    found = beginning.restore(saved[before], wanted(), shardings(now), "c")
     assert int(found.step) == 7
     assert jax.tree.structure(found) == jax.tree.structure(wanted())
-    for name in train.TREES:
+    for name in beginning.TREES:
         jax.tree.map(np.testing.assert_array_equal, getattr(found, name), getattr(wanted(), name))
         jax.tree.map(lambda a, place: check_place(a, place, now), getattr(found, name), getattr(shardings(now), name))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import small
 
-from moejax import checkpoint, data, metrics, optimizer, sharding, tokenizers, train, train_step
+from moejax import beginning, checkpoint, data, metrics, optimizer, sharding, tokenizers, train, train_step
 from moejax.config import Config, MeshConfig
 from moejax.errors import UserError
 from moejax.models.lm import LM
@@ -64,7 +64,7 @@ def trees(workdir):
     """All arrays of a run's newest checkpoint, by path, and its step."""
     manifest = json.loads((newest(workdir) / checkpoint.MANIFEST).read_text())
     found = {}
-    for name in train.TREES:
+    for name in beginning.TREES:
         if (newest(workdir) / name).is_dir():
             leaves = jax.tree_util.tree_leaves_with_path(checkpoint._read_numpy(newest(workdir) / name))
             found |= {name + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
@@ -205,15 +205,15 @@ def test_init_from_with_and_without_selection_biases(tmp_path, old, new, caplog)
         settings = small.config(moe)
         model, tx = LM(settings.model), optimizer.make(settings.optimizer)
         shapes = jax.eval_shape(functools.partial(train_step.init, model, tx), jax.random.key(0))
-        places = train.state_shardings(model, tx, mesh)
+        places = train_step.state_shardings(model, tx, mesh)
         return jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), places), model, tx
 
     before, *_ = begin(old)
     before = jax.tree.map(lambda a: a + jnp.ones((), a.dtype), before)
     with checkpoint.Checkpointer(tmp_path) as saver:
-        saver.save(7, {name: getattr(before, name) for name in train.TREES}, data={}, config={})
+        saver.save(7, {name: getattr(before, name) for name in beginning.TREES}, data={}, config={})
     state, model, tx = begin(new)
-    found = train.start_from(state, str(tmp_path), model, tx, mesh)
+    found = beginning.start_from(state, str(tmp_path), model, tx, mesh)
     jax.tree.map(np.testing.assert_array_equal, found.params, before.params)
     biases = jax.tree.leaves(found.router_state)
     assert len(biases) == (new == "aux_free")
@@ -235,15 +235,15 @@ def test_init_from_a_run_whose_layers_are_kept_the_other_way(tmp_path, scanned, 
     models, tx = [LM(each.model) for each in settings], optimizer.make(settings[0].optimizer)
     before, state = (train_step.create(model, tx, mesh, seed) for seed, model in enumerate(models))
     with checkpoint.Checkpointer(tmp_path) as saver:
-        saver.save(7, {name: getattr(before, name) for name in train.TREES}, data={}, config={})
-    found = train.start_from(state, str(tmp_path), models[1], tx, mesh)
+        saver.save(7, {name: getattr(before, name) for name in beginning.TREES}, data={}, config={})
+    found = beginning.start_from(state, str(tmp_path), models[1], tx, mesh)
     same = train_step.create(models[1], tx, mesh, 0)
     jax.tree.map(np.testing.assert_array_equal, (found.params, found.router_state), (same.params, same.router_state))
     for leaf, wanted in zip(jax.tree.leaves(found.params), jax.tree.leaves(same.params), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
     other = dataclasses.replace(models[1].config, width=16)
     with pytest.raises(UserError, match="is of another model"):
-        train.start_from(train_step.create(LM(other), tx, mesh, 0), str(tmp_path), LM(other), tx, mesh)
+        beginning.start_from(train_step.create(LM(other), tx, mesh, 0), str(tmp_path), LM(other), tx, mesh)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(place, tmp_path, caplog):
