@@ -23,7 +23,7 @@ from moejax import config as configs
 from moejax.errors import UserError
 from moejax.evaluate import evaluate
 from moejax.models.lm import LM
-from moejax.train_step import param_shardings
+from moejax.train_step import as_kept, param_shardings
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run, or a copy of its checkpoint.", required=True)
 EXPERTS = flags.DEFINE_integer("experts_per_token", None, "Experts per token, if another number than in training.")
@@ -101,7 +101,7 @@ def report(model: nn.Module, trees: dict[str, Any], step: int, corpus: data.Corp
     """Evaluates on the mesh at hand and prints."""
     if not corpus.heldout_windows:
         raise UserError(f"data.source={config.data.source}: no text is held out; give another text as --source")
-    mesh = mesh_at_hand(config)
+    mesh, trees = mesh_at_hand(config), as_kept(model, trees)
     result = evaluate(
         model,
         jax.device_put(trees["params"], param_shardings(model, mesh)),

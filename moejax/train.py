@@ -217,6 +217,7 @@ def check_batch(config: Config, mesh) -> None:
             f"the mesh × {config.train.accumulation_steps} microbatches"
         )
 
+
 def check_exchange(config: Config, mesh) -> None:
     """UserError where a device's part of a microbatch of the research LM can't be exchanged as the config asks."""
     model, moe = config.model, config.model.moe

@@ -72,6 +72,19 @@ def arranged(model: nn.Module, tree: Any, *take: Any) -> Any:
     return model.arranged(tree, *take) if hasattr(model, "arranged") else tree
 
 
+def as_kept(model: nn.Module, trees: dict[str, Any]) -> dict[str, Any]:
+    """params and router_state of a checkpoint as training keeps them now: unrolled runs once stacked their layers."""
+    shapes = jax.eval_shape(lambda key: model.init(key, jnp.zeros(PROBE, jnp.int32)), jax.random.key(0))
+    wanted = jax.eval_shape(lambda tree: arranged(model, tree), nn.unbox(shapes["params"]))
+    if not hasattr(model, "rearranged") or _paths(trees["params"]) == _paths(wanted):
+        return trees
+    return {name: model.rearranged(tree) for name, tree in trees.items()}
+
+
+def _paths(tree: Any) -> set[str]:
+    return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def param_shardings(model: nn.Module, mesh: Mesh) -> Any:
     """NamedShardings of the parameters that training keeps, by their logical axes."""
     boxed = jax.eval_shape(lambda key: model.init(key, jnp.zeros(PROBE, jnp.int32)), jax.random.key(0))

@@ -288,6 +288,19 @@ def test_empty_batch_gives_zero_loss_and_no_nan():
 
 
 @pytest.mark.parametrize("scanned", [True, False])
+def test_trees_of_either_form_are_taken_as_kept(scanned):
+    """As `evaluate` takes them: of a run whose layers were stacked, or not."""
+    _, variables = small.initialised("aux_free")
+    models = [LM(small.model_config(small.ROUTERS["aux_free"], scan_layers=way)) for way in (scanned, not scanned)]
+    wanted, other = (
+        {name: train_step.arranged(model, variables[name]) for name in ("params", "router_state")} for model in models
+    )
+    for given in (wanted, other):
+        found = train_step.as_kept(models[0], given)
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@pytest.mark.parametrize("scanned", [True, False])
 def test_bfloat16_parameters_start_as_the_rounded_float32_ones(scanned):
     """They are made layer by layer in a loop and rounded there, also where the step unrolls the layers."""
     wide = small.model_config(small.ROUTERS["switch"])

@@ -188,7 +188,7 @@ class Decoder(nn.Module):
         x = sharding.constrain(self.scale_embedding(x), "batch", "length", "activation")
         block = nn.remat(self.block) if self.remat else self.block
         losses: list[dict[str, jax.Array]] = []
-        alone = logits_at is not None and tokens.shape[1] > 1 and not return_losses
+        alone = logits_at is not None and targets is None and tokens.shape[1] > 1 and not return_losses
         for i in range(self.config.num_hidden_layers):
             layer = block(self.config, i, jnp.dtype(self.dtype), self.implementation, name=f"layer_{i}")
             last = i == self.config.num_hidden_layers - 1

@@ -47,7 +47,6 @@ def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
         plgpu.SMEM((t.pieces, 64, piece), out_dtype, transforms=swizzled), plgpu.SMEM((64, piece), out_dtype)
     )
 
-
     def ring(*shapes):
         views = [plgpu.SMEM((t.stages, *shape), dtype, transforms=_SWIZZLED) for shape in shapes]
         return views[0] if len(views) == 1 else plgpu.RefUnion(*views)
