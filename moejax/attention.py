@@ -100,7 +100,7 @@ def write_slots(cache: jax.Array, new: jax.Array, positions: jax.Array) -> jax.A
     return cache.at[row, head, positions[:, :, None]].set(new)
 
 
-def slot_mask(positions: jax.Array, slots: int, window: int | None = None, chunk: int | None = None) -> jax.Array:
+def slot_mask(positions: jax.Array, slots: int, window: int | None = None) -> jax.Array:
     """(B, L, M) bool: which slots of a cache a query at `positions` (B, L) reads.
 
     A slot past the query's own position is not read, so slots that hold padding or old rows don't matter.
@@ -109,8 +109,6 @@ def slot_mask(positions: jax.Array, slots: int, window: int | None = None, chunk
     mask = slot <= query
     if window is not None:
         mask &= slot > query - window
-    if chunk is not None:
-        mask &= slot // chunk == query // chunk
     return mask
 
 

@@ -193,7 +193,7 @@ class AllToAll(Way):
         room = exchange.rows_per_pair(self.factor, T, K, self.mine, self.devices)
         with jax.named_scope("dispatch"):
             parcels = exchange.pack(flat, self.mine, self.devices, room)
-            out = self.apply.rows(tokens, parcels.plan)
+            out = dispatch.gather(tokens, parcels.plan)
         here = exchange.arrived(exchange.swap(parcels.expert), self.mine)
         return out, (parcels, here, T)
 
@@ -201,8 +201,7 @@ class AllToAll(Way):
         return exchange.swap(out)
 
     def work(self, came, state):
-        there = dataclasses.replace(self.apply, gates_first=False)
-        return sorted_mixture(came, state[1], self.weights, self.mine, there, came.dtype)
+        return sorted_mixture(came, state[1], self.weights, self.mine, self.apply, came.dtype)
 
     def fetch(self, done, state):
         return exchange.swap(done)
@@ -210,7 +209,7 @@ class AllToAll(Way):
     def finish(self, home, state):
         parcels, _, tokens = state
         with jax.named_scope("combine"):
-            return self.apply.sums(home, parcels.plan, tokens), parcels.overflow
+            return dispatch.combine(home, parcels.plan, tokens), parcels.overflow
 
 
 class Remote(Way):
@@ -252,7 +251,7 @@ class Ragged(Way):
         room = exchange.rows_received(self.factor, T, K, self.devices * T * min(K, self.mine))
         with jax.named_scope("dispatch"):
             plan = dispatch.plan(flat, self.num_experts)
-            out = self.apply.rows(tokens, plan)
+            out = dispatch.gather(tokens, plan)
         with jax.named_scope("exchange"):
             counts = lax.all_gather(plan.group_sizes, exchange.AXIS)
             places = ragged.places(counts, lax.axis_index(exchange.AXIS), room)
@@ -274,7 +273,7 @@ class Ragged(Way):
     def finish(self, home, state):
         plan, places, _, tokens = state
         with jax.named_scope("combine"):
-            return self.apply.sums(home, plan, tokens), places.overflow
+            return dispatch.combine(home, plan, tokens), places.overflow
 
 
 WAYS = {"gather": Gather, "all_to_all": AllToAll, "remote": Remote, "ragged": Ragged}

@@ -36,7 +36,6 @@ def mixture_and_overflow(
     factor: float | None = None,
     chunks: int = 1,
     apply: Callable | None = None,
-    gates_first: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Σ_k weight · expert(x) for x (B, L, D) and a decision with leading axis B; (B, L, D) in x's dtype.
 
@@ -49,12 +48,12 @@ def mixture_and_overflow(
 
     `apply(rows (R, D), weights, group_sizes)` -> (R, D), one function for all layers, takes the place of
     `experts.gated_ffn`. It may use further weights gate_bias, up_bias (E, F) and down_bias (E, D), and must be linear
-    in down and down_bias. gates_first: gates multiply what goes into experts, not what comes out.
+    in down and down_bias.
 
     Raises UserError where E does not divide over the expert axis, for a bound below one row, for expert choice by
     another way than gather, for remote off the GPUs of one host, for ragged on CPU, and for chunks that don't divide.
     """
-    run = functools.partial(_mixture, num_experts=num_experts, work=Work(implementation, apply, gates_first))
+    run = functools.partial(_mixture, num_experts=num_experts, work=Work(implementation, apply))
     axes = sharding.batch_axes()
     groups = jax.tree.leaves(decision)[0].shape[0]
     if groups != x.shape[0]:
@@ -156,8 +155,7 @@ def _keep(layout, primitive, *_, **parameters) -> bool:
 def _local(x, decision, weights, num_experts, work):
     tokens = x.reshape(-1, x.shape[-1])
     flat = dispatch.flatten(decision, tokens.shape[0])
-    plain = work.apply is None and not work.gates_first
-    if plain and few_tokens.suits(flat, work.implementation):
+    if work.apply is None and few_tokens.suits(flat, work.implementation):
         return few_tokens.mixture(tokens, flat, weights).reshape(x.shape)
     return sorted_mixture(tokens, flat, weights, num_experts, work, x.dtype).reshape(x.shape)
 

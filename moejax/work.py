@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax import dispatch, experts
@@ -19,7 +18,6 @@ class Work:
 
     implementation: str | None = None
     apply: Callable | None = None
-    gates_first: bool = False
     spare: int = 0
 
     def experts(self, rows, weights, group_sizes, scale=None):
@@ -35,26 +33,15 @@ class Work:
 
     def gates_inside(self, rows, plan, weights):
         """Whether experts' own kernel applies the gates: its results needn't then be kept for the gates' gradient."""
-        plain = self.apply is None and not self.gates_first and plan.slot is not None
+        plain = self.apply is None and plan.slot is not None
         return plain and experts.takes_scale(rows, weights["gate"], self.implementation)
-
-    def rows(self, tokens, plan):
-        """(T, D) -> (R, D), times their gates where these come first."""
-        rows = dispatch.gather(tokens, plan)
-        return rows * plan.weight[:, None].astype(rows.dtype) if self.gates_first else rows
-
-    def sums(self, rows, plan, num_tokens):
-        """(R, D) -> (T, D), times their gates where these didn't come first."""
-        if self.gates_first:
-            plan = dataclasses.replace(plan, weight=jnp.ones_like(plan.weight))
-        return dispatch.combine(rows, plan, num_tokens)
 
 
 def sorted_mixture(tokens, decision, weights, num_experts, work, dtype):
     """Σ_k weight · expert(token) for tokens (T, D) and a flat decision over `weights`' experts; (T, D) in `dtype`."""
     with jax.named_scope("dispatch"):
         plan = dispatch.plan(decision, num_experts)
-        rows = work.rows(tokens, plan)
+        rows = dispatch.gather(tokens, plan)
     if work.gates_inside(rows, plan, weights):
         rows = checkpoint_name(rows, "experts")  # kept in the room of the results that needn't be
         rows = work.experts(rows, weights, plan.group_sizes, plan.weight)
@@ -62,4 +49,4 @@ def sorted_mixture(tokens, decision, weights, num_experts, work, dtype):
     else:
         rows = work.experts(rows, weights, plan.group_sizes)
     with jax.named_scope("combine"):
-        return work.sums(rows.astype(dtype), plan, tokens.shape[0])
+        return dispatch.combine(rows.astype(dtype), plan, tokens.shape[0])

@@ -74,9 +74,10 @@ VARIANTS = {
             "moe_top_k": 3, "moe_normalize_expert_weights": 2.0, "moe_jitter_eps": 0.0, "moe_loss_weight": 0.01,
         },
     },
-    # chunks shorter than the sequence, a temperature that grows inside it, queries and keys as they are
+    # chunks shorter than the sequence, a temperature that grows inside it, queries and keys as they are, two experts
     "llama4_text": {
         "attention_chunk_size": 6, "floor_scale": 8, "use_qk_norm": False, "tie_word_embeddings": True,
+        "num_experts_per_tok": 2,
         "rope_parameters": LLAMA3,
     },
 }  # fmt: skip

@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moejax import experts, hf_config, hf_tensors, layers, rope
+from moejax import attention, hf_config, hf_tensors, layers, rope
 from moejax.models import family, mixture, parts
 from moejax.models.routers import sigmoid_scores
 from moejax.rope import Rope
+from moejax.routing import Routing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +89,24 @@ class Attention(nn.Module):
             steps = jnp.floor((inputs.positions.astype(jnp.float32) + 1) / config.floor_scale)
             q = (q * (jnp.log1p(steps) * config.attn_scale + 1)[:, :, None, None]).astype(q.dtype)
         chunk = config.chunk(self.index)
-        out = parts.attend(self, q, k, v, inputs, chunk=chunk, implementation=self.implementation)
+        if chunk is None:
+            out = parts.attend(self, q, k, v, inputs, implementation=self.implementation)
+        else:
+            out = self._attend_in_chunks(q, k, v, inputs, chunk)
         return parts.merge_heads(self, out, config.hidden_size, bias=bias)
+
+    def _attend_in_chunks(self, q, k, v, inputs, chunk):
+        """`parts.attend` where a position sees its own chunk of so many positions alone."""
+        mine = inputs.positions // chunk
+        if inputs.cache_length:
+            cache, first = parts.cached(self, inputs, key=k, value=v)
+            if not first:
+                mask = attention.slot_mask(inputs.positions, inputs.cache_length)
+                mask &= jnp.arange(inputs.cache_length)[None, None, :] // chunk == mine[:, :, None]
+                return attention.attend_slots(q, cache["key"], cache["value"], mask)
+        # A chunk of a segment is a segment of its own; 4096 chunks fit between two segments.
+        segment_ids = inputs.segment_ids * 4096 + mine
+        return attention.attend(q, k, v, segment_ids, implementation=self.implementation)
 
     def _unit(self, y):
         wide = y.astype(jnp.float32)
@@ -114,12 +131,19 @@ class ScaledInputExperts(nn.Module):
         decision, losses = mixture.route(
             self, logits, inputs, sigmoid_scores, experts_per_token=config.num_experts_per_tok
         )
-        y = mixture.over_rows(x, decision, weights, _experts, gates_first=True)
+        copies, one_each = _scaled(x, decision)
+        y = mixture.over_rows(copies, one_each, weights)
+        y = jnp.sum(y.reshape(*x.shape[:2], -1, D), axis=2, dtype=jnp.float32).astype(x.dtype)
         return y + layers.GatedFFN(F, x.dtype, name="shared")(x), losses
 
 
-def _experts(rows, weights, group_sizes):
-    return experts.gated_ffn(rows, weights["gate"], weights["up"], weights["down"], group_sizes)
+def _scaled(x, decision):
+    """K copies of each token, times their gates, (B, L · K, D), and a decision that sends each to its one expert."""
+    (B, L, D), K = x.shape, decision.experts.shape[-1]
+    copies = x[:, :, None] * decision.weights[..., None].astype(x.dtype)
+    expert, weight, keep = (y.reshape(B, L * K, 1) for y in (decision.experts, decision.weights, decision.keep))
+    one_each = Routing(expert, jnp.ones_like(weight), jnp.repeat(decision.scores, K, axis=1), keep)
+    return copies.reshape(B, L * K, D), one_each
 
 
 class Block(parts.Block):

@@ -34,9 +34,8 @@ def route(module: nn.Module, logits: jax.Array, inputs: parts.Inputs, router, **
 
 
 def over_rows(
-    x: jax.Array, decision: routing.Routing, weights: dict[str, jax.Array], apply: Callable, gates_first: bool = False
+    x: jax.Array, decision: routing.Routing, weights: dict[str, jax.Array], apply: Callable | None = None
 ) -> jax.Array:
     """Σ_k gate · expert(x) for x (B, L, D), where `apply(rows (R, D), weights, group_sizes)` -> (R, D) is what experts
     do with rows sorted by expert; arguments and the way over devices as in `expert_parallel.mixture_and_overflow`."""
-    num_experts = decision.scores.shape[-1]
-    return expert_parallel.mixture(x, decision, weights, num_experts=num_experts, apply=apply, gates_first=gates_first)
+    return expert_parallel.mixture(x, decision, weights, num_experts=decision.scores.shape[-1], apply=apply)

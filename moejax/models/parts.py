@@ -95,25 +95,20 @@ def attend(
     inputs: Inputs,
     *,
     window=None,
-    chunk=None,
     sinks=None,
     softcap=None,
     implementation=None,
 ) -> jax.Array:
     """Causal attention of q (B, L, H, hd) over k, v (B, L, H_kv, hd), through the cache where there is one.
 
-    window: a position sees itself and the window − 1 before it. chunk: positions see their own chunk of that many.
-    sinks (H,) and softcap as in `attention.attend`.
+    window: a position sees itself and the window − 1 before it. sinks (H,) and softcap as in `attention.attend`.
     """
     if inputs.cache_length:
         cache, first = cached(module, inputs, key=k, value=v)
         if not first:
-            mask = attention.slot_mask(inputs.positions, inputs.cache_length, window, chunk)
+            mask = attention.slot_mask(inputs.positions, inputs.cache_length, window)
             return attention.attend_slots(q, cache["key"], cache["value"], mask, sinks, softcap)
-    segment_ids = inputs.segment_ids
-    if chunk is not None:  # a chunk of a segment is a segment of its own; 4096 chunks fit between two segments
-        segment_ids = segment_ids * 4096 + inputs.positions // chunk
-    return attention.attend(q, k, v, segment_ids, window, sinks, softcap, implementation)
+    return attention.attend(q, k, v, inputs.segment_ids, window, sinks, softcap, implementation)
 
 
 class LayerNorm(nn.Module):
