@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -23,8 +25,9 @@ class Peer:
         self._complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the process
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, text=True
-            )
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._complaints, text=True,
+                start_new_session=True,  # so that processes it started, torch's compilers, end with it
+            )  # fmt: skip
         except OSError as error:
             self._complaints.close()
             raise UserError(f"--peer_python={python}: can't be run ({error.strerror})") from error
@@ -33,7 +36,8 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
         self._complaints.close()
 

@@ -33,6 +33,18 @@ def test_answers_one_by_one_and_all(script):
         assert list(peer) == [{"a": 1}, {"a": 2}]
 
 
+def test_processes_it_started_end_with_it(script, tmp_path):
+    """Else they hold its output open, and leaving waits for them."""
+    late = "import pathlib, sys, time; time.sleep(5); pathlib.Path(sys.argv[1]).touch()"
+    python = script(
+        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {late!r}, {str(tmp_path / 'lived')!r}])\n"
+        "print('{}', flush=True)\ninput()"
+    )
+    with Peer(*python) as peer:
+        peer.answer()
+    assert not (tmp_path / "lived").exists()
+
+
 def test_one_line_for_what_goes_wrong(script):
     python, name = script('import sys\nprint("{}", flush=True)\ninput()\nsys.exit("no room")')
     with Peer(python, name) as peer:
