@@ -48,9 +48,9 @@ def main() -> None:
     wrong = [name for name, gap in worst if not gap <= TOLERANCE.value]
     print(f"the first that differs is {wrong[0]}" if wrong else f"the same within {TOLERANCE.value:g} of the std")
     new = models.generate(model, variables, prompts, max_new_tokens=NEW.value) if NEW.value else []
-    for length, mine, other in zip(map(len, prompts), new, continued, strict=True):
+    for prompt, mine, other in zip(prompts if NEW.value else [], new, continued, strict=True):
         equal = next((i for i, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1]), NEW.value)
-        print(f"greedy after {length} tokens: {equal} of {NEW.value} the same")
+        print(f"greedy after {len(prompt)} tokens: {equal} of {NEW.value} the same")
     sys.exit(1 if wrong or new != continued else 0)
 
 

@@ -144,8 +144,8 @@ def _permute(weights: Array, choice: Array, slot: Array, real: Array) -> Array:
 
 
 def _permute_backward(slot, grad):
-    # grad holds a sum over each row of experts; without a barrier XLA may make each sum in the one thread that wants it,
-    # 0.9 ms a layer of OLMoE's sizes on an H200
+    # grad holds a sum over each row of experts. Without a barrier XLA may make each sum in the one thread that wants
+    # it, 0.9 ms a layer of OLMoE's sizes on an H200.
     grad = lax.optimization_barrier(grad)
     return grad.at[slot].get(mode="fill", fill_value=0), None, None, None
 

@@ -116,17 +116,23 @@ def _rope(raw: Mapping[str, Any], default: Any, longest: Any) -> tuple[dict[str,
     found, scaling, theta = inner(raw, "rope_parameters"), inner(raw, "rope_scaling"), raw.get("rope_theta")
     rest = {key: value for key, value in raw.items() if key not in ("rope_parameters", "rope_scaling", "rope_theta")}
     if "original_max_position_embeddings" in rest:
-        scaling.setdefault("original_max_position_embeddings", rest.pop("original_max_position_embeddings"))
+        (scaling or found).setdefault("original_max_position_embeddings", rest.pop("original_max_position_embeddings"))
     for old in (found, scaling):
         kind = old.pop("type", None)
         if kind is not None and old.setdefault("rope_type", kind) != kind:
             raise UserError(f"config.json gives two rope types, {kind!r} and {old['rope_type']!r}")
         if old.pop("partial_rotary_factor", 1.0) != 1.0:
             raise UserError("config.json: partial_rotary_factor other than 1 is not supported by this family")
-    found = scaling | found
-    if not found and theta is None and isinstance(default, Rope):
-        return rest, schema.to_dict(default)
-    found.setdefault("rope_theta", theta if theta is not None else getattr(default, "rope_theta", 10_000.0))
+    if theta is None:
+        theta = getattr(default, "rope_theta", 10_000.0)
+        lost = found.get("rope_theta", theta)
+        if scaling and lost != scaling.get("rope_theta", theta):
+            raise UserError(f"config.json gives rope_theta={lost} in rope_parameters, in whose place rope_scaling is "
+                            "read: give rope_theta there, or rope_parameters alone")  # fmt: skip
+        if not found and not scaling and isinstance(default, Rope):
+            return rest, schema.to_dict(default)
+    found = scaling or found
+    found.setdefault("rope_theta", theta)
     if found.get("rope_type", "default") == "default":
         unused = _ROPE_KEYS - {"rope_type", "rope_theta"}
         found = {key: value for key, value in found.items() if key not in unused}

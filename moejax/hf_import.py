@@ -36,6 +36,9 @@ class Source:
         files = safetensors.open_folder(folder)
         # read under a shorter name, kept under their own in the file
         self._names = {name.removeprefix(prefix): name for name in files}
+        if len(self._names) < len(files):
+            twice = next(name for name in files if self._names[name.removeprefix(prefix)] != name)
+            raise UserError(f"{folder} holds {twice} with and without {prefix!r} before it: take away one of the two")
         self._shards = {name: files[full] for name, full in self._names.items()}
         self.shapes: dict[str, Shape] = {}
         self.left_out = 0
@@ -51,6 +54,18 @@ class Source:
                 self.shapes[name.removesuffix("_blocks")] = (shape[0], shape[2] * shape[3] * 2, shape[1])
             elif not self._is_scale(name):
                 self.shapes[name] = shape
+        self._check_quantised()
+
+    def _check_quantised(self) -> None:
+        """UserError where a tensor is there both as it is and quantised, or has scales and isn't."""
+        for name, shard in self._shards.items():
+            whole = name.removesuffix("_blocks")
+            if whole != name and whole in self._shards:
+                raise UserError(f"{self.folder} holds {whole} and {name}: take away one of the two")
+            held = shard.tensors[self._names[name]][0]
+            if name + "_scale_inv" in self._shards and not held.startswith("F8_"):
+                raise UserError(f"{self.folder}: tensor {name} is {held} and has {name}_scale_inv beside it, as only "
+                                "float8 tensors have: take the scales away if it has been dequantised")  # fmt: skip
 
     def _is_scale(self, name: str) -> bool:
         if name.endswith("_scales"):
@@ -69,11 +84,11 @@ class Source:
         dtype: of a float8 tensor, rounded to it once; every other keeps its own (bfloat16 holds MXFP4 exactly).
         rows: of the first axis, the only ones that are read and checked (of a float8 tensor all are).
         """
-        if name not in self._shards:
-            tensor = dequantise_mxfp4(self._raw(name + "_blocks", rows), self._raw(name + "_scales", rows))
-        elif name + "_scale_inv" in self._shards:
-            whole = dequantise_fp8(self._raw(name), self._raw(name + "_scale_inv"), dtype or self.dtype(name))
-            tensor = whole[rows]
+        if name not in self._shards or name + "_scale_inv" in self._shards:
+            try:
+                tensor = self._dequantised(name, dtype, rows)
+            except UserError as error:
+                raise UserError(f"{self.folder}: tensor {name}: {error}") from None
         else:
             tensor = self._raw(name, rows)
             if tensor.dtype.itemsize == 1:
@@ -84,6 +99,11 @@ class Source:
         if has_infinity(tensor):
             raise UserError(f"{self.folder}: tensor {name}, dequantised, goes beyond what {tensor.dtype} holds")
         return tensor
+
+    def _dequantised(self, name: str, dtype: Any, rows: slice) -> np.ndarray:
+        if name not in self._shards:
+            return dequantise_mxfp4(self._raw(name + "_blocks", rows), self._raw(name + "_scales", rows))
+        return dequantise_fp8(self._raw(name), self._raw(name + "_scale_inv"), dtype or self.dtype(name))[rows]
 
     def _raw(self, name: str, rows: slice = _ALL) -> np.ndarray:
         tensor = self._shards[name].read(self._names[name])[rows]
@@ -229,7 +249,8 @@ def _tensors(source: Source, rule: hf_tensors.Rule, first: int, last: int, dtype
     names = rule.names[first:last] if each_its_own else rule.names
     rows = _ALL if each_its_own else slice(first, last)
     tensors = [source.read(name, dtype, rows) for name in names]
-    if len({tensor.dtype for tensor in tensors}) > 1:  # as one array they would have the first one's dtype
+    several = len({tensor.dtype for tensor in tensors}) > 1  # as one array they would have the first one's dtype
+    if several or (each_its_own and len(names) > 1):  # while it is known whose number may be too large
         target = parameter_dtype(source, rule, rule.paths[0], dtype)
         tensors = [_cast(tensor, target, name) for tensor, name in zip(tensors, names, strict=True)]
     return tensors

@@ -43,8 +43,9 @@ def dequantise_fp8(tensor: np.ndarray, scale_inv: np.ndarray, dtype: Any = ml_dt
         raise UserError(f"float8 tensor of {tensor.shape}: scales in blocks are known for matrices alone")
     rows, columns = tensor.shape
     needed = (-(-rows // _FP8_BLOCK), -(-columns // _FP8_BLOCK))
-    if scale_inv.shape != needed:
-        raise UserError(f"float8 tensor of {tensor.shape} needs scales of {needed}, and has {scale_inv.shape}")
+    if scale_inv.shape != needed or scale_inv.dtype.kind in "iub":
+        found = f"{scale_inv.shape} {scale_inv.dtype}"
+        raise UserError(f"float8 tensor of {tensor.shape} needs scales of {needed} in floats, and has {found}")
     scales = np.repeat(scale_inv.astype(np.float32), _FP8_BLOCK, axis=1)[:, :columns]
     out = np.empty(tensor.shape, dtype)
     for block, factors in enumerate(scales):

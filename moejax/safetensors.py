@@ -61,6 +61,15 @@ class Shard:
                 raise UserError(f"{path} is cut short: tensor {name} ends at byte {self._start + end} of {size}")
             self.tensors[name] = dtype, shape
             self._places[name] = begin, end
+        last = 0
+        for name, (begin, end) in sorted(self._places.items(), key=lambda place: place[1]):
+            if begin != last:
+                raise UserError(f"{path}: tensor {name} begins at byte {begin}, the one before it ends at {last}: the "
+                                "header is wrong; fetch the file again")  # fmt: skip
+            last = end
+        if self._start + last != size:
+            longer = size - self._start - last
+            raise UserError(f"{path} is {longer} bytes longer than its tensors: fetch the file again")
 
     def read(self, name: str) -> np.ndarray:
         """The tensor, as a view of the file: pages come in as they are touched and can be dropped again."""

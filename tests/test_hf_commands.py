@@ -111,6 +111,8 @@ def test_verify_names_the_first_layer_that_differs(server, tmp_path):
     same = server.run("verify_hf.py", f"--source={whole}", *options)
     assert same.code == 0 and "the same within 0.0001" in same.out, same.err
     assert "greedy after 8 tokens: 3 of 3 the same\ngreedy after 4 tokens: 3 of 3 the same" in same.out
+    plain = server.run("verify_hf.py", f"--source={whole}", f"--peer_python={peer}")
+    assert plain.code == 0 and "the same within" in plain.out and "greedy" not in plain.out, plain.err
     other = server.run("verify_hf.py", f"--source={changed}", f"--peer_python={peer}", "--length=8")
     assert other.code == 1 and "the first that differs is layer_1" in other.out, other.err
     gaps = {line.split(":")[0]: float(line.split("= ")[1]) for line in other.out.splitlines() if " = " in line}

@@ -1,6 +1,7 @@
 """Importing: what is quantised, streamed, spelled in the old way, or wrong."""
 
 import json
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -20,7 +21,7 @@ TINY = Path(__file__).parent / "data" / "hf_tiny"
 def copy(tmp_path, name, config=None, tensors=None, drop=()):
     """A changed copy of a tiny checkpoint: config keys (None drops one), further tensors, dropped ones."""
     folder = tmp_path / name
-    folder.mkdir()
+    folder.mkdir(parents=True)
     raw = json.loads((TINY / name / "config.json").read_text())
     raw = {
         key: value for key, value in (raw | (config or {})).items() if value is not None or key not in (config or {})
@@ -166,7 +167,50 @@ def test_a_quantised_checkpoint_is_the_one_of_its_dequantised_tensors(tmp_path):
     np.testing.assert_array_equal(variables["params"]["layer_0"]["moe"]["up"], whole[..., 1::2])
 
 
+def test_a_tensor_is_there_once_and_has_scales_only_where_it_needs_them(tmp_path):
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    scales = {name + "_scale_inv": np.full((1, 1), 3, np.float32)}
+    with pytest.raises(
+        UserError, match=rf"tensor {re.escape(name)} is F32 and has .*_scale_inv beside it.*dequantised"
+    ):
+        models.load_hf(copy(tmp_path / "a", "deepseek_v3", tensors=scales))
+    eights = {name: np.ones((16, 32), ml_dtypes.float8_e4m3fn)}
+    for held in (np.ones((1, 1), np.int32), np.ones((2, 1), np.float32)):
+        with pytest.raises(UserError, match=rf"tensor {re.escape(name)}: float8 .* needs scales of \(1, 1\) in floats"):
+            models.load_hf(
+                copy(tmp_path / str(held.dtype), "deepseek_v3", tensors=eights | {name + "_scale_inv": held})
+            )
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    blocks = {name + "_blocks": np.zeros((4, 32, 1, 16), np.uint8), name + "_scales": np.zeros((4, 32, 1), np.uint8)}
+    with pytest.raises(UserError, match=rf"holds {re.escape(name)} and {re.escape(name)}_blocks: take away one"):
+        models.load_hf(copy(tmp_path / "b", "gpt_oss", tensors=blocks))
+
+
+def test_bytes_of_a_file_belong_to_one_tensor_each(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for offsets, tail, line in (
+        (((0, 8), (4, 12)), b"", "tensor b begins at byte 4, the one before it ends at 8"),
+        (((0, 8), (12, 20)), b"", "tensor b begins at byte 12, the one before it ends at 8"),
+        (((0, 8), (8, 16)), b"12", "2 bytes longer than its tensors"),
+    ):
+        header = {n: {"dtype": "F32", "shape": [2], "data_offsets": o} for n, o in zip("ab", offsets, strict=True)}
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(offsets[1][1]) + tail)
+        with pytest.raises(UserError, match=line):
+            safetensors.Shard(path)
+
+
 # ---- spellings
+
+
+def test_rope_scaling_is_read_in_place_of_rope_parameters_as_transformers_does(tmp_path):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    both = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}, "rope_scaling": scaling}
+    _, config, _ = hf_import.read_config(copy(tmp_path / "a", "mixtral", both | {"rope_theta": 500.0}), models.FAMILIES)
+    assert config.rope == Rope(500.0, "yarn", 4.0, 16)
+    both["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 77.0}
+    with pytest.raises(UserError, match=r"rope_theta=77.0 in rope_parameters, in whose place rope_scaling is read"):
+        hf_import.read_config(copy(tmp_path / "b", "mixtral", both), models.FAMILIES)
 
 
 def test_the_spelling_of_transformers_4_says_the_same(tmp_path):
@@ -377,6 +421,13 @@ def test_numbers_that_the_dtype_cannot_hold_are_refused(tmp_path, value, dtype, 
     with pytest.raises(UserError, match=line):
         hf_checkpoint.convert(folder, tmp_path / "run", models.FAMILIES, dtype)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_expert_whose_number_is_too_large_is_named(tmp_path):
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    folder = copy(tmp_path, "olmoe", tensors={name: np.full((24, 32), 1e6, np.float32)})
+    with pytest.raises(UserError, match=f"tensor {re.escape(name)} goes beyond what float16 holds"):
+        hf_checkpoint.convert(folder, tmp_path / "run", models.FAMILIES, "float16")
 
 
 def test_mxfp4_that_is_damaged_is_refused():

@@ -314,6 +314,22 @@ def test_llama4_is_read_out_of_the_multimodal_file(tmp_path):
     hf_export.export_variables(tmp_path / "out", family, config, variables, raw=raw)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == text
 
+    for more, line in (
+        ({"foo": 3}, "foo='3' beside text_config"),
+        ({"tie_word_embeddings": True}, "give both the same"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(whole | {"text_config": text} | more))
+        with pytest.raises(UserError, match=line):
+            models.load_hf(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(whole | {"text_config": text}))
+    name = "model.norm.weight"
+    specs[name], tensors[name] = ("F32", (1,)), np.ones(1, np.float32)
+    safetensors.write(tmp_path / safetensors.SINGLE, specs, tensors.values())
+    with pytest.raises(
+        UserError, match=r"language_model.model.norm.weight with and without 'language_model\.' before it"
+    ):
+        models.load_hf(tmp_path)
+
 
 # ---- training on a mesh
 

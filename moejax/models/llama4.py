@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax import attention, hf_config, hf_tensors, layers, rope
+from moejax.errors import UserError
 from moejax.models import family, mixture, parts
 from moejax.models.routers import sigmoid_scores
 from moejax.rope import Rope
@@ -184,13 +185,38 @@ def rules(config: Llama4Config) -> list[hf_tensors.Rule]:
 
 def read(raw: dict[str, Any]) -> dict[str, Any]:
     """`text_config` where there is one; a temperature switch that early files give as a number."""
-    raw = hf_config.inner(raw, "text_config") or dict(raw)
+    if text := hf_config.inner(raw, "text_config"):
+        _check_outer(raw, text)
+        raw = text
+    raw = dict(raw)
     if raw.get("no_rope_layers") == []:  # transformers' word for none given
         del raw["no_rope_layers"]
     if isinstance(raw.get("attn_temperature_tuning", ""), int | None):
         raw["attn_temperature_tuning"] = bool(raw["attn_temperature_tuning"])
     return raw
 
+
+# Beside text_config: of the vision part, or of both and harmless in the text's.
+_OUTER = {
+    "text_config", "vision_config", "tie_word_embeddings", "boi_token_index", "eoi_token_index", "image_token_index",
+    "boi_token_id", "eoi_token_id", "image_token_id",
+}  # fmt: skip
+
+
+def _check_outer(raw: dict[str, Any], text: dict[str, Any]) -> None:
+    """UserError where the multimodal config says something that the text model would miss."""
+    for key in sorted(raw.keys() - _OUTER - hf_config.HARMLESS.keys() - _HARMLESS.keys()):
+        raise UserError(f"config.json: unknown attribute {key}={str(raw[key])[:60]!r} beside text_config")
+    if raw.get("tie_word_embeddings") and not text.get("tie_word_embeddings"):
+        raise UserError("config.json: tie_word_embeddings=True beside a text_config without it: give both the same")
+
+
+_HARMLESS = {
+    "for_llm_compressor": "of a tool",
+    "cache_implementation": "of transformers' cache",
+    "_attn_implementation_autoset": "of transformers' attention",
+    "router_jitter_noise": "no code applies it, transformers' neither",
+}
 
 _SCOUT = Llama4Config(
     rope=Rope(500000.0, "llama3", 16.0, 8192, low_freq_factor=1.0, high_freq_factor=1.0),
@@ -212,12 +238,7 @@ FAMILY = family.Family(
     },
     aliases={"num_experts": "num_local_experts"},
     fixed={"hidden_act": ("silu",)},
-    harmless={
-        "for_llm_compressor": "of a tool",
-        "cache_implementation": "of transformers' cache",
-        "_attn_implementation_autoset": "of transformers' attention",
-        "router_jitter_noise": "no code applies it, transformers' neither",
-    },
+    harmless=_HARMLESS,
     ignored=r".*rotary_emb\.inv_freq|(model\.)?(vision_model|multi_modal_projector)\..*",
     wrapped=("Llama4ForConditionalGeneration",),
     prefix="language_model.",
