@@ -22,10 +22,11 @@ class Rope:
     rope_theta: the base. default: frequencies theta^(-2i/hd). linear: all divided by `factor`. llama3 (Llama 3.1): long
     wavelengths divided by `factor`, short ones kept, a ramp between. yarn (Peng 2023, §3.2-3.4): a ramp by the number
     of rotations inside `original_max_position_embeddings`, and a temperature on cosines and sines.
-    Two look at the length, which is the largest position of a call, for all its positions: dynamic (NTK), whose base
-    grows with it from `original_max_position_embeddings` on; longrope (Ding 2024), where each frequency is divided by
-    its entry of `short_factor`, or of `long_factor` past `original_max_position_embeddings`, and a temperature. As in
-    transformers, keys that are in a cache keep the frequencies of their own call.
+    Two look at the length, which is the largest position of a row in a call, for all its positions: dynamic (NTK),
+    whose base grows with it from `original_max_position_embeddings` on; longrope (Ding 2024), where each frequency is
+    divided by its entry of `short_factor`, or of `long_factor` past `original_max_position_embeddings`, and a
+    temperature. As in transformers, keys that are in a cache keep the frequencies of their own call. There the length
+    is that of a batch's longest row: here a row is what it is alone.
     """
 
     rope_theta: float = 10_000.0
@@ -72,9 +73,10 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def frequencies_at(rope: Rope, head_dim: int, length: jax.Array) -> jax.Array:
-    """`frequencies` of the types that look at the length of the call, () i32."""
+    """`frequencies` (B, hd / 2) of the types that look at the length of the call, (B,) i32."""
     assert rope.factor is not None and rope.original_max_position_embeddings is not None
-    exponents, context = _exponents(head_dim), rope.original_max_position_embeddings
+    exponents, context = _exponents(head_dim)[None], rope.original_max_position_embeddings
+    length = length[:, None]
     if rope.rope_type == "dynamic":
         longest = jnp.maximum(length, context).astype(jnp.float32)
         stretched = rope.factor * longest / context - (rope.factor - 1)
@@ -83,7 +85,7 @@ def frequencies_at(rope: Rope, head_dim: int, length: jax.Array) -> jax.Array:
     if any(len(each) != head_dim // 2 for each in factors):
         raise UserError(f"longrope: short_factor and long_factor have {len(factors[0])} and {len(factors[1])} entries; "
                         f"the {head_dim} rotary features of a head need {head_dim // 2}")  # fmt: skip
-    short, long = (1.0 / (np.asarray(each, np.float32) * np.float32(rope.rope_theta) ** exponents) for each in factors)
+    short, long = (1.0 / (np.asarray([each], np.float32) * np.float32(rope.rope_theta) ** exponents) for each in factors)
     return jnp.where(length > context, long, short)
 
 
@@ -140,10 +142,11 @@ def temperature(rope: Rope) -> float:
     return yarn_mscale(rope.factor)
 
 
-def table(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines (B, L, 1, hd / 2) float32 of positions (B, L) int."""
+def table(rope: Rope, head_dim: int, positions: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines (B, L, 1, hd / 2) float32 of positions (B, L) int; mask (B, L) bool: False where padded."""
     if rope.rope_type in ("dynamic", "longrope"):
-        each = frequencies_at(rope, head_dim, jnp.max(positions) + 1)[None, None, None]
+        length = jnp.max(jnp.where(mask, positions, 0), axis=1) + 1
+        each = frequencies_at(rope, head_dim, length)[:, None, None]
     else:
         each = jnp.asarray(frequencies(rope, head_dim))[None, None, None]
     angles = positions.astype(jnp.float32)[:, :, None, None] * each

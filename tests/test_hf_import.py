@@ -497,14 +497,32 @@ def test_rope_types_that_look_at_the_length():
     wanted = {dynamic: [(1, 1 / 10), (1, 1 / 40)], long: [(1, 1 / 20), (1 / 4, 1 / 50)]}
     for settings, frequencies in wanted.items():
         for length, expected in zip((8, 16), frequencies, strict=True):
-            np.testing.assert_allclose(rope.frequencies_at(settings, 4, jnp.int32(length)), expected, rtol=1e-6)
+            found = rope.frequencies_at(settings, 4, jnp.array([length]))
+            np.testing.assert_allclose(found, [expected], rtol=1e-6)
     # √(1 + ln 4 / ln 8) = √(5/3)
     assert rope.temperature(dynamic) == 1 and rope.temperature(long) == pytest.approx((5 / 3) ** 0.5)
     # the call's largest position sets the frequencies of all: 16 positions, the second with 1/40
-    cos, _ = rope.table(dynamic, 4, jnp.arange(16)[None])
+    cos, _ = rope.table(dynamic, 4, jnp.arange(16)[None], jnp.ones((1, 16), bool))
     np.testing.assert_allclose(cos[0, 1, 0], np.cos([1, 1 / 40]), rtol=1e-6)
     with pytest.raises(UserError, match="2 and 2 entries; the 8 rotary features of a head need 4"):
-        rope.table(long, 8, jnp.arange(4)[None])
+        rope.table(long, 8, jnp.arange(4)[None], jnp.ones((1, 4), bool))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 4.0,
+         "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 5.0, 7.0]},
+    ],
+)  # fmt: skip
+def test_a_row_is_continued_as_it_is_alone_by_rope_types_that_look_at_the_length(tmp_path, scaling):
+    config = {"rope_parameters": scaling | {"rope_theta": 100.0}, "max_position_embeddings": 16}
+    model, variables = models.load_hf(copy(tmp_path, "mixtral", config))
+    assert model.config.rope.rope_type == scaling["rope_type"]
+    prompts = [np.random.default_rng(n).integers(0, 128, n).tolist() for n in (2, 9, 30)]
+    together = models.generate(model, variables, prompts, max_new_tokens=12)
+    assert together == [models.generate(model, variables, [prompt], max_new_tokens=12)[0] for prompt in prompts]
 
 
 def test_dynamic_rope_grows_from_the_longest_that_the_config_tells():

@@ -287,7 +287,7 @@ def test_yarn_positions_at_128k():
     np.testing.assert_allclose(frequencies[23:], plain[23:] / 40, rtol=1e-6)
     assert np.all((frequencies[11:23] < plain[11:23]) & (frequencies[11:23] > plain[11:23] / 40))
     positions = np.array([[0, 131071]])
-    cos, sin = rope.table(yarn, 64, jnp.asarray(positions))
+    cos, sin = rope.table(yarn, 64, jnp.asarray(positions), jnp.ones(positions.shape, bool))
     # mscale = mscale_all_dim: cosines keep their size, the scores are multiplied by (0.1 · ln 40 + 1)² instead
     np.testing.assert_allclose(np.asarray(cos) ** 2 + np.asarray(sin) ** 2, 1, rtol=1e-5)
     angle = np.float32(131071) * frequencies[-1]

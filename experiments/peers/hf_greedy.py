@@ -4,7 +4,8 @@
 
 PROMPTS.json holds lists of token ids, of any lengths. Prints {"new": COUNT tokens of each}; or {"refused": why} where
 transformers doesn't take the checkpoint. float32, CPU, eager attention, no cache: the whole sequence for each token,
-each prompt alone. It stands alone: torch and transformers are not moejax's.
+each prompt alone. Where rotary frequencies follow the length, a cache keeps old ones: there with a cache, and a model of
+its own for each prompt, since it remembers lengths. It stands alone: torch and transformers are not moejax's.
 """
 
 import json
@@ -26,18 +27,26 @@ def main(folder: str, prompts: str, count: str) -> None:
 
 
 def greedy(folder: str, prompts: list[list[int]], count: int) -> list[list[int]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
-    found = []
+    model, found = load(folder), []
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    by_length = rope.get("rope_type") in ("dynamic", "longrope")
     for prompt in prompts:
-        ids = torch.tensor([prompt])
+        model = load(folder) if by_length and found else model
+        seen, cache, new = torch.tensor([prompt]), None, []
         with torch.no_grad():
             for _ in range(count):
-                logits = model(ids, use_cache=False).logits[:, -1]
-                ids = torch.cat([ids, torch.argmax(logits, dim=-1, keepdim=True)], dim=1)
-        found.append(ids[0, len(prompt) :].tolist())
+                out = model(seen, past_key_values=cache, use_cache=by_length)
+                token = torch.argmax(out.logits[:, -1], dim=-1, keepdim=True)
+                new.append(token.item())
+                seen, cache = (token, out.past_key_values) if by_length else (torch.cat([seen, token], dim=1), None)
+        found.append(new)
     return found
+
+
+def load(folder: str):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Attention(nn.Module):
         q, k, v = (parts.heads(self, name, x, count, width, axis=axes[name]) for name, count in counts.items())
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(y, -config.clip_qkv, config.clip_qkv) for y in (q, k, v))
-        turns = rope.table(config.rope, width, inputs.positions)
+        turns = rope.table(config.rope, width, inputs.positions, inputs.mask)
         q, k = rope.rotate(q, turns), rope.rotate(k, turns)
         out = parts.attend(self, q, k, v, inputs, implementation=self.implementation)
         return parts.merge_heads(self, out, config.d_model)

@@ -63,7 +63,7 @@ class Attention(nn.Module):
         q = parts.heads(self, "query", x, count, width, bias=bias)
         k = parts.heads(self, "key", x, kv, width, axis="kv_heads", bias=bias)
         v = parts.heads(self, "value", x, kv, width, axis="kv_heads", bias=bias)
-        turns = rope.table(config.rope, width, inputs.positions)
+        turns = rope.table(config.rope, width, inputs.positions, inputs.mask)
         q, k = rope.rotate(q, turns), rope.rotate(k, turns)
         out = parts.attend(self, q, k, v, inputs, implementation=self.implementation)
         return parts.merge_heads(self, out, config.hidden_size, bias=bias)

@@ -52,7 +52,7 @@ class Attention(nn.Module):
         q = parts.heads(self, "query", x, count, width)
         k = parts.heads(self, "key", x, kv, width, axis="kv_heads")
         v = parts.heads(self, "value", x, kv, width, axis="kv_heads")
-        turns = rope.table(config.rope, width, inputs.positions)
+        turns = rope.table(config.rope, width, inputs.positions, inputs.mask)
         q, k = rope.rotate(q, turns), rope.rotate(k, turns)
         # attend divides by √width
         q *= jnp.asarray(config.attn_output_multiplier * width**0.5, q.dtype)

@@ -82,7 +82,7 @@ class Attention(nn.Module):
         k = parts.heads(self, "key", x, kv, width, axis="kv_heads", bias=bias)
         v = parts.heads(self, "value", x, kv, width, axis="kv_heads", bias=bias)
         if config.rotary(self.index):
-            turns = rope.table(config.rope, width, inputs.positions)
+            turns = rope.table(config.rope, width, inputs.positions, inputs.mask)
             q, k = rope.rotate(q, turns, pairs=True), rope.rotate(k, turns, pairs=True)
             if config.use_qk_norm:
                 q, k = (self._unit(y) for y in (q, k))

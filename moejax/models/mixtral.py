@@ -47,7 +47,7 @@ class Attention(nn.Module):
         q = parts.heads(self, "query", x, count, width)
         k = parts.heads(self, "key", x, kv, width, axis="kv_heads")
         v = parts.heads(self, "value", x, kv, width, axis="kv_heads")
-        turns = rope.table(config.rope, width, inputs.positions)
+        turns = rope.table(config.rope, width, inputs.positions, inputs.mask)
         q, k = rope.rotate(q, turns), rope.rotate(k, turns)
         window = config.sliding_window
         out = parts.attend(self, q, k, v, inputs, window=window, implementation=self.implementation)

@@ -45,7 +45,7 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x, inputs: parts.Inputs):
-        turns = rope.table(self.rope, self.rope_dim, inputs.positions)
+        turns = rope.table(self.rope, self.rope_dim, inputs.positions, inputs.mask)
         q = self._query(x)
         q_nope, q_rope = q[..., : self.nope_dim], q[..., self.nope_dim :]
         q_rope = rope.rotate(q_rope, turns, pairs=self.rope_pairs)

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         v = parts.heads(self, "value", x, kv, width, axis="kv_heads", bias=bias)
         if config.clip_qkv is not None:
             q, k, v = (jnp.clip(y, -config.clip_qkv, config.clip_qkv) for y in (q, k, v))
-        turns = rope.table(config.rope, width, inputs.positions)
+        turns = rope.table(config.rope, width, inputs.positions, inputs.mask)
         q, k = rope.rotate(q, turns), rope.rotate(k, turns)
         out = parts.attend(self, q, k, v, inputs, implementation=self.implementation)
         return parts.merge_heads(self, out, config.hidden_size, bias=bias)

@@ -59,7 +59,7 @@ class Attention(nn.Module):
         v = parts.heads(self, "value", x, kv, width, axis="kv_heads", bias=bias)
         q = layers.RMSNorm(config.rms_norm_eps, name="query_norm")(q)
         k = layers.RMSNorm(config.rms_norm_eps, name="key_norm")(k)
-        turns = rope.table(config.rope, width, inputs.positions)
+        turns = rope.table(config.rope, width, inputs.positions, inputs.mask)
         q, k = rope.rotate(q, turns), rope.rotate(k, turns)
         window = config.sliding_window if config.use_sliding_window else None
         out = parts.attend(self, q, k, v, inputs, window=window, implementation=self.implementation)
