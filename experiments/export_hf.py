@@ -3,13 +3,15 @@
   python experiments/export_hf.py --workdir=runs/olmoe --target=DIR
 
 DIR must not exist yet. Import and export give every tensor back bit for bit where the dtype is kept. A run of the
-research LM exports as the Qwen3-MoE or DeepSeekMoE that it is a case of; where it is none, the reasons are named.
+research LM exports as the Qwen3-MoE or Qwen2-MoE that it is a case of; where it is none, the reasons are named.
 """
+
+import json
 
 from absl import flags
 
 from experiments import cli
-from moejax import checkpoint, hf_checkpoint, hf_export, hf_research, models
+from moejax import checkpoint, hf_checkpoint, hf_export, hf_research, models, tokenizers
 from moejax import config as configs
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run, or a folder that experiments/import_hf.py made.", required=True)
@@ -30,10 +32,22 @@ def research() -> None:
     assert found is not None
     run = configs.from_config_dict(found.config)
     family, config, variables = hf_research.as_published(run.model, found.trees["params"])
-    text = found.data.get("tokenizer")
-    beside = {"tokenizer.json": text} if text else {}
-    hf_export.export_variables(TARGET.value, family, config, variables, beside=beside)
+    tokenizer = tokenizers.load(run.data.tokenizer, found.data.get("tokenizer"))
+    end = tokenizer.end_of_document  # begins a document in training, as generate's prompts
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    raw = family.write_config(config) | ends
+    beside = {"generation_config.json": json.dumps(ends)} | tokenizer_files(tokenizer)
+    hf_export.export_variables(TARGET.value, family, config, variables, raw=raw, beside=beside)
     print(f"{family.architecture} in {TARGET.value}")
+
+
+def tokenizer_files(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    """A tokenizer as transformers reads it, by file; none where it is of bytes."""
+    if not isinstance(tokenizer, tokenizers.FileTokenizer) or tokenizer.text is None:
+        return {}
+    end = tokenizer.end_name
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+    return {"tokenizer.json": tokenizer.text, "tokenizer_config.json": json.dumps(told)}
 
 
 def published() -> None:

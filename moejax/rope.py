@@ -85,7 +85,8 @@ def frequencies_at(rope: Rope, head_dim: int, length: jax.Array) -> jax.Array:
     if any(len(each) != head_dim // 2 for each in factors):
         raise UserError(f"longrope: short_factor and long_factor have {len(factors[0])} and {len(factors[1])} entries; "
                         f"the {head_dim} rotary features of a head need {head_dim // 2}")  # fmt: skip
-    short, long = (1.0 / (np.asarray([each], np.float32) * np.float32(rope.rope_theta) ** exponents) for each in factors)
+    base = np.float32(rope.rope_theta) ** exponents
+    short, long = (1.0 / (np.asarray([each], np.float32) * base) for each in factors)
     return jnp.where(length > context, long, short)
 
 

@@ -88,8 +88,8 @@ class FileTokenizer:
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         if not vocab:
             raise UserError(f"data.tokenizer {path!r} has an empty vocabulary; give a trained tokenizer.json")
-        end = next((vocab[name] for name in _END_NAMES if name in vocab), None)
-        self.end_of_document: int = max(vocab.values()) + 1 if end is None else end
+        self.end_name = next((name for name in _END_NAMES if name in vocab), None)
+        self.end_of_document: int = max(vocab.values()) + 1 if self.end_name is None else vocab[self.end_name]
         self.vocab_size: int = max(*vocab.values(), self.end_of_document) + 1
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         parts = json.loads(text)

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import small
 import tokenizers
 from processes import ROOT, Server
+
+from moejax import models
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +60,25 @@ def test_the_same_command_again_continues(server, trained, tmp_path):
     assert ended.code == 0, ended.err
     assert steps(workdir) == [2, 4, 6, 8]
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["decay_steps"] == 6
+
+
+def test_a_run_exports_as_a_published_family_with_its_tokenizer(server, tmp_path):
+    bpe, run, out = tmp_path / "bpe.json", tmp_path / "run", tmp_path / "out"
+    ended = server.run(
+        "train_tokenizer.py", f"--source=text:{server.folder}/text/*.txt", "--vocab_size=300", f"--output={bpe}"
+    )
+    assert ended.code == 0, ended.err
+    narrow = ("--config.model.moe.expert_width=8", f"--config.data.tokenizer={bpe}", f"--workdir={run}")
+    ended = server.run("train.py", *command(server, "fine_grained"), *narrow)
+    assert ended.code == 0, ended.err
+    ended = server.run("export_hf.py", f"--workdir={run}", f"--target={out}")
+    assert ended.code == 0 and "Qwen2MoeForCausalLM" in ended.out, ended.err
+    config, told = (json.loads((out / f"{name}.json").read_text()) for name in ("config", "tokenizer_config"))
+    end = json.loads(bpe.read_text())["added_tokens"][0]
+    assert config["eos_token_id"] == end["id"] and told["eos_token"] == end["content"] == "<|endoftext|>"
+    assert (out / "tokenizer.json").read_text() == bpe.read_text()
+    model, variables = models.load_hf(out)
+    assert model.apply(variables, np.ones((1, 4), np.int32)).shape == (1, 4, 300)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -25,12 +25,13 @@ TOKENS = np.random.default_rng(0).integers(0, small.VOCABULARY, (2, 12)).astype(
     [
         ("qwen3_moe", {}),
         ("qwen3_moe", {"num_layers": 5, "first_dense_layers": 1, "moe_every": 2, "head_dim": 16, "rope_theta": 50.0}),
-        ("deepseek", {"num_layers": 3, "first_dense_layers": 1, "qk_norm": False, "rope_theta": 50.0}),
+        ("qwen2_moe", {"num_layers": 3, "first_dense_layers": 1, "qk_norm": False, "rope_theta": 50.0}),
+        ("qwen2_moe", {"num_layers": 5, "first_dense_layers": 1, "moe_every": 2, "qk_norm": False}),
     ],
-    ids=["plain", "pattern", "shared"],
+    ids=["plain", "pattern", "shared", "shared pattern"],
 )
 def test_an_exported_research_lm_has_the_same_logits(name, fields, tmp_path):
-    config = small.model_config(dataclasses.replace(MOE, shared_experts=2 * (name == "deepseek")), **fields)
+    config = small.model_config(dataclasses.replace(MOE, shared_experts=2 * (name == "qwen2_moe")), **fields)
     variables = nn.unbox(jax.jit(LM(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
     wanted = np.asarray(jax.jit(LM(config).apply)(variables, TOKENS))
     family, theirs, exported = hf_research.as_published(config, variables["params"])
@@ -45,18 +46,18 @@ def test_an_exported_research_lm_has_the_same_logits(name, fields, tmp_path):
     assert np.max(np.abs(logits - wanted)) <= 1e-5 * np.std(wanted)
 
 
-def test_fine_grained_as_it_is_exports_as_deepseekmoe():
+def test_fine_grained_as_it_is_exports_as_qwen2_moe():
     config = config_module.from_config_dict(fine_grained.get_config()).model
     config = dataclasses.replace(config, num_layers=1, width=16, ffn_width=32, vocab_size=257)
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, expert_width=8))
     variables = nn.unbox(jax.jit(LM(config).init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))
-    assert hf_research.as_published(config, variables["params"])[0] is models.FAMILIES["deepseek"]
+    assert hf_research.as_published(config, variables["params"])[0] is models.FAMILIES["qwen2_moe"]
 
 
 def test_what_is_no_case_of_a_family_is_refused_with_every_reason():
     moe = dataclasses.replace(MOE, shared_experts=1, capacity_factor=1.0)
     config = small.model_config(moe, tie_embeddings=True, head_dim=5, moe_every=2)
-    every = r"Deepseek.*capacity_factor.*tie_embeddings.*qk_norm must be False.*head_dim.*moe_every"
+    every = r"Qwen2.*capacity_factor.*tie_embeddings.*qk_norm must be False.*head_dim"
     with pytest.raises(UserError, match=every):
         hf_research.as_published(config, {})
     with pytest.raises(UserError, match=r"Qwen3.*qk_norm must be True"):

@@ -4,8 +4,8 @@
 
 PROMPTS.json holds lists of token ids, of any lengths. Prints {"new": COUNT tokens of each}; or {"refused": why} where
 transformers doesn't take the checkpoint. float32, CPU, eager attention, no cache: the whole sequence for each token,
-each prompt alone. Where rotary frequencies follow the length, a cache keeps old ones: there with a cache, and a model of
-its own for each prompt, since it remembers lengths. It stands alone: torch and transformers are not moejax's.
+each prompt alone. Where rotary frequencies follow the length, a cache keeps old ones: there with a cache, and a model
+of its own for each prompt, since it remembers lengths. It stands alone: torch and transformers are not moejax's.
 """
 
 import json
@@ -27,7 +27,8 @@ def main(folder: str, prompts: str, count: str) -> None:
 
 
 def greedy(folder: str, prompts: list[list[int]], count: int) -> list[list[int]]:
-    model, found = load(folder), []
+    model = load(folder)
+    found: list[list[int]] = []
     rope = getattr(model.config, "rope_parameters", None) or {}
     by_length = rope.get("rope_type") in ("dynamic", "longrope")
     for prompt in prompts:

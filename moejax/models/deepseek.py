@@ -127,4 +127,5 @@ FAMILY = family.Family(
     fixed={"hidden_act": ("silu",), "scoring_func": ("softmax",)},
     harmless={name: deepseek_v2.HARMLESS[name] for name in ("aux_loss_alpha", "seq_aux", "pretraining_tp")},
     zero=frozenset({"first_k_dense_replace", "n_shared_experts"}),
+    write=family.in_old_spelling,
 )  # fmt: skip

@@ -69,6 +69,14 @@ def without_unused_window(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | {"sliding_window": None} if unused else raw
 
 
+def in_old_spelling(raw: dict[str, Any]) -> dict[str, Any]:
+    """config.json with `rope_theta` and `rope_scaling`, as code published beside a checkpoint reads it."""
+    turns = raw.pop("rope_parameters")
+    raw["rope_theta"] = turns.pop("rope_theta")
+    kind = turns.pop("rope_type")
+    return raw if kind == "default" else raw | {"rope_scaling": {"type": kind} | turns}
+
+
 def outer_rules(config: Any) -> list[Rule]:
     """Embedding, last norm, and the unembedding where it isn't tied."""
     rules = [

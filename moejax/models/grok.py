@@ -142,4 +142,5 @@ FAMILY = family.Family(
     rules=rules,
     presets={"grok-1": GrokConfig()},
     wrapped=("Grok1ForCausalLM",),
+    write=family.in_old_spelling,
 )
