@@ -54,9 +54,8 @@ def published() -> None:
     """A published family."""
     stored = hf_checkpoint.Stored(WORKDIR.value, models.FAMILIES)
     dtypes = {path: stored.dtype(path) for path in stored.shapes}
-    size = hf_export.export(
-        TARGET.value, stored.family, stored.config, stored.read, dtypes, raw=stored.raw, beside=stored.beside()
-    )
+    options = {"raw": stored.raw, "beside": stored.beside(), "repeated": stored.repeated}
+    size = hf_export.export(TARGET.value, stored.family, stored.config, stored.read, dtypes, **options)
     print(f"{stored.family.architecture}: {size / 1e9:.2f} GB of tensors in {TARGET.value}")
 
 

@@ -76,6 +76,7 @@ def convert(
             for name, content in beside.items():
                 (tokenizer / name).write_bytes(content)
             described = {"family": family.name, "model": schema.to_dict(config), "hf": raw, "dtype": dtype}
+            described["tensors"] = _as_found(tensors, family, config, dtype)
             _write_manifest(partial, shapes, described)
             partial.rename(root / "0")
         except BaseException:
@@ -86,6 +87,20 @@ def convert(
     count = sum(math.prod(shape) for path, shape in shapes.items() if path.startswith("params/"))
     told = {"family": family.name, "parameters": count, "tensors": len(tensors.shapes), "left_out": tensors.left_out}
     return told | {"bytes": size}
+
+
+def _as_found(source: hf_import.Source, family: Family, config: Any, dtype: str | None) -> dict[str, Any]:
+    """What an export has to know of the source's tensors: which repeated ones there were, and the biases' dtype."""
+    rules = [rule for rule in family.rules(config) if _is_bias(rule.paths[0])]
+    biases = {source.dtype(name).name for rule in rules for name in rule.names}
+    return {
+        "repeated": sorted(family.repeats(config).keys() & source.shapes.keys()),
+        "biases": biases.pop() if dtype is None and len(biases) == 1 else "float32",
+    }
+
+
+def _is_bias(path: str) -> bool:
+    return path.startswith("router_state/")
 
 
 def _write_manifest(folder: Path, shapes: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -168,6 +183,9 @@ class Stored:
         if found.config.get("family") not in families:
             raise UserError(f"{workdir} holds a research LM, which is of no published family")
         self.folder, self.workdir, self.raw = found.path, Path(workdir), found.config["hf"]
+        told = found.config.get("tensors", {})  # checkpoints from before have none
+        self.repeated: list[str] | None = told.get("repeated")
+        self._biases = np.dtype(told.get("biases", "float32"))
         self.step, self.run = found.step, found.config.get("run")  # the training run's config; None: as imported
         self.family = families[found.config["family"]]
         self.config = schema.parse(self.family.config, found.config["model"])
@@ -177,11 +195,17 @@ class Stored:
         return ts.open(_spec(self.folder, path), open=True, read=True).result()
 
     def dtype(self, path: str) -> np.dtype:
-        """Of one parameter."""
+        """Of one parameter; of a selection bias the source's, where that holds it."""
+        if _is_bias(path):
+            kept = self._whole(path)
+            return self._biases if np.array_equal(kept.astype(self._biases).astype(kept.dtype), kept) else kept.dtype
         return np.dtype(self.open(path).dtype.numpy_dtype)
 
     def read(self, path: str) -> np.ndarray:
-        """One parameter."""
+        """One parameter, in its `dtype`."""
+        return self._whole(path).astype(self.dtype(path), copy=False) if _is_bias(path) else self._whole(path)
+
+    def _whole(self, path: str) -> np.ndarray:
         return self.open(path).read().result()
 
     def beside(self) -> dict[str, Path]:
@@ -197,7 +221,7 @@ class Stored:
         dtype = jnp.dtype(dtype or self.dtype("params/embedding"))
         variables = {}
         for path in self.shapes:
-            kept = jnp.dtype(jnp.float32) if path.startswith("router_state/") else dtype
+            kept = jnp.dtype(jnp.float32) if _is_bias(path) else dtype
             array = self.read(path).astype(kept, copy=False)
             variables[path] = array if on_host else jax.device_put(array)
         return self.family.model(self.config, dtype=dtype), hf_tensors.unflatten(variables)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,15 @@ def export(
     *,
     raw: Mapping[str, Any] | None = None,
     beside: Mapping[str, Path | str] | None = None,
+    repeated: Collection[str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Writes a checkpoint into the new folder `target`; returns its bytes.
 
     read: path ("params/layer_0/…") -> array. dtypes: of each path. raw: the config.json that the
     model came with, written back as it was but for how weights are stored; None: made from `config`. beside: further
-    files by name, such as the tokenizer's, each as a path or as its text. One rule's arrays are in memory at a time.
+    files by name, such as the tokenizer's, each as a path or as its text. repeated: which of `family.repeats` are
+    written; None: its duplicates. One rule's arrays are in memory at a time.
 
     Raises:
       UserError: the target exists or can't be written, the disk is too small or fills up, or a dtype has no name in
@@ -51,7 +53,8 @@ def export(
     rules = family.rules(config)
     tensors = hf_tensors.expected(rules, shapes)
     named = {rule.names[0]: rule for rule in rules}
-    for name, original in family.duplicates(config).items():
+    wanted = family.duplicates(config) if repeated is None else repeated
+    for name, original in ((name, of) for name, of in family.repeats(config).items() if name in wanted):
         rules.append(dataclasses.replace(named[original], names=(name,)))
         tensors[name] = tensors[original]
     names = {name: _dtype_name(dtypes[rule.paths[0]]) for rule in rules for name in rule.names}

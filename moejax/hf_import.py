@@ -180,8 +180,7 @@ def check(source: Source, family: Family, config: Any) -> dict[str, Shape]:
     shapes = {path: leaf.shape for path, leaf in abstract(family.model(config)).items()}
     tensors = hf_tensors.expected(family.rules(config), shapes)
     present = dict(source.shapes)
-    tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
-    for name, original in (tied | family.duplicates(config)).items():
+    for name, original in family.repeats(config).items():
         if not present.pop(name, None) or original not in source.shapes:  # a missing one is told below
             continue
         if not np.array_equal(source.read(name), source.read(original)):
@@ -193,7 +192,7 @@ def check(source: Source, family: Family, config: Any) -> dict[str, Shape]:
 def parameter_dtype(source: Source, rule: hf_tensors.Rule, path: str, dtype: Any = None) -> np.dtype:
     """What `parameters` gives a path: `dtype`, or where None the one that holds all its tensors without rounding.
 
-    Selection biases stay float32.
+    Selection biases are float32.
     """
     if path.startswith("router_state/"):
         return np.dtype(np.float32)

@@ -21,11 +21,11 @@ from moejax.errors import UserError
 
 
 def description(directory: str | os.PathLike[str] | None) -> dict[str, Any] | None:
-    """{"family", "model", "hf", "dtype"} of the checkpoint in `directory`; None where it is a research LM's or none."""
+    """{"family", "model", "hf", "dtype", "tensors"} of a checkpoint; None: there is none, or it is a research LM's."""
     stored = None if directory is None else checkpoint.read_config(directory)
     if stored is None or stored.get("family") not in models.FAMILIES:
         return None
-    return {name: stored[name] for name in ("family", "model", "hf", "dtype")}
+    return {name: stored[name] for name in ("family", "model", "hf", "dtype", "tensors") if name in stored}
 
 
 def with_tokenizer(config: Config) -> Config:

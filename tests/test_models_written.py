@@ -13,7 +13,7 @@ import optax
 import pytest
 from cached_decode import Cached
 
-from moejax import hf_export, hf_import, models, rope, safetensors, sharding
+from moejax import hf_checkpoint, hf_export, hf_import, models, rope, safetensors, sharding
 from moejax.errors import UserError
 from moejax.models import __main__, deepseek, deepseek_v3, grok, mla
 from moejax.rope import Rope
@@ -203,6 +203,15 @@ def test_a_tied_model_with_prediction_modules_exports_its_head_and_takes_it_back
     safetensors.write(file, specs, values.values())
     with pytest.raises(UserError, match=r"shared_head\.head\.weight differs from model\.embed_tokens\.weight"):
         models.load_hf(tmp_path / "out")
+    # without the repeated head it comes back without, and with the repeated embedding
+    del values[head], specs[head]
+    safetensors.write(file, specs, values.values())
+    hf_checkpoint.convert(tmp_path / "out", tmp_path / "run", models.FAMILIES)
+    stored = hf_checkpoint.Stored(tmp_path / "run", models.FAMILIES)
+    assert stored.repeated == ["model.layers.2.embed_tokens.weight"]
+    dtypes = {path: stored.dtype(path) for path in stored.shapes}
+    hf_export.export(tmp_path / "again", stored.family, stored.config, stored.read, dtypes, repeated=stored.repeated)
+    assert safetensors.open_folder(tmp_path / "again").keys() == specs.keys()
 
 
 def test_the_prediction_loss_by_hand():

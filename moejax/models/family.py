@@ -46,6 +46,11 @@ class Family:
         names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
         return used, next(getattr(config, name) for name in names if hasattr(config, name))
 
+    def repeats(self, config: Any) -> dict[str, str]:
+        """Tensors that may be there and repeat another, by name: `duplicates`, and a tied unembedding."""
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
+        return tied | self.duplicates(config)
+
     def read_config(self, raw: Mapping[str, Any]) -> Any:
         """The family's config from what config.json holds; UserError for what isn't known."""
         return hf_config.parse(
