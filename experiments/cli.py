@@ -128,7 +128,10 @@ def check_override(path: str, value: str | None) -> None:
         return
     hint = schema.field_type(Config, path)
     inner = schema.without_none(hint)
-    if value is None or inner is Any or (value in ("None", "none") and inner is not hint):
+    if value is None or inner is Any:
+        return
+    is_text = inner is str or typing.get_origin(inner) is typing.Literal
+    if inner is not hint and value in (_NO_TEXT if is_text else _NO_NUMBER):
         return
     if inner is bool:
         given: Any = {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
@@ -137,7 +140,7 @@ def check_override(path: str, value: str | None) -> None:
             given = inner(value)
         except ValueError:
             given = value
-    elif inner is str or typing.get_origin(inner) is typing.Literal:
+    elif is_text:
         given = value
     else:
         try:
@@ -195,15 +198,18 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
     return lines[-1 if "Traceback" in text else 0].strip() if lines else type(error).__name__
 
 
+_NO_TEXT, _NO_NUMBER = ("None",), ("None", "none")  # a text may be "none": model.remat
+
+
 class _OrNone(flags.ArgumentParser):
     """A parser that takes None too: which fields may be None is the schema's to say."""
 
-    def __init__(self, parser: flags.ArgumentParser):
-        self._parser = parser
+    def __init__(self, parser: flags.ArgumentParser, words: tuple[str, ...]):
+        self._parser, self._words = parser, words
         self.syntactic_help = parser.syntactic_help
 
     def parse(self, argument: Any) -> Any:
-        return None if argument in ("None", "none") else self._parser.parse(argument)
+        return None if argument in self._words else self._parser.parse(argument)
 
     def flag_type(self) -> str:
         return f"{self._parser.flag_type()} or None"
@@ -221,7 +227,7 @@ _PARSERS: dict[type, flags.ArgumentParser] = {
     int: flags.IntegerParser(), float: flags.FloatParser(), str: flags.ArgumentParser(), ConfigDict: _DictParser()
 }  # fmt: skip
 for _type, _parser in _PARSERS.items():
-    config_flags.register_flag_parser_for_type(_type, _OrNone(_parser))
+    config_flags.register_flag_parser_for_type(_type, _OrNone(_parser, _NO_TEXT if _type is str else _NO_NUMBER))
 
 
 def _unraisable(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -235,9 +241,11 @@ def _unraisable(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class _Lines(logging.Handler):
-    """`warning: …`, or the message alone where it only informs; above a progress bar if there is one."""
+    """`warning: …`, or the message alone where it only informs, by process 0; above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno <= logging.INFO and sys.modules["jax"].process_index():
+            return
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
         tqdm.tqdm.write(level + record.getMessage(), file=sys.stderr)
 
@@ -246,7 +254,7 @@ def _set_up_logging() -> None:
     for name, level in (("moejax", logging.WARNING), ("pallas_kernels", logging.INFO)):
         logger = logging.getLogger(name)
         logger.setLevel(level)
-        logger.addHandler(_Lines(level))
+        logger.addHandler(_Lines())
         logger.propagate = False
     for name in ("moejax.exchange", "moejax.attention"):  # what they pick by platform
         logging.getLogger(name).setLevel(logging.INFO)

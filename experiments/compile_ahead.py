@@ -34,7 +34,7 @@ from absl import flags
 from jax.experimental import topologies
 
 from experiments import cli
-from moejax import accounting, optimizer, sharding, tokenizers, train
+from moejax import accounting, memory, optimizer, sharding, tokenizers, train
 from moejax import config as configs
 from moejax.collectives import collectives
 from moejax.config import Config
@@ -117,16 +117,19 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Compiled
     batch["target_bytes"] = on_mesh(np.empty(rows[:1], jnp.int32), place)
     with as_on_tpu(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh), train.implementations_named(config):
         traced = compiled_step(model, tx, config, shardings).trace(jax.tree.map(on_mesh, shapes, shardings), batch)
-        return traced.lower(lowering_platforms=("tpu",)).compile()
+        try:
+            return traced.lower(lowering_platforms=("tpu",)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise (memory.too_large(error, config) or error) from None
 
 
 def report(compiled: jax.stages.Compiled, config: Config, devices: int, kind: str) -> None:
-    memory: Any = compiled.memory_analysis()
+    held: Any = compiled.memory_analysis()
     cost: Any = compiled.cost_analysis() or {}
-    peak = getattr(memory, "peak_memory_in_bytes", 0) or memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    peak = getattr(held, "peak_memory_in_bytes", 0) or held.argument_size_in_bytes + held.temp_size_in_bytes
     rows = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
+        "arguments": held.argument_size_in_bytes,
+        "temporaries": held.temp_size_in_bytes,
         "peak": peak,
     }
     for name, size in rows.items():

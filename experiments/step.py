@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax import memory, optimizer, sharding
+from moejax import memory, optimizer, sharding, train
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.models.lm import LM
@@ -21,6 +21,8 @@ from moejax.train_step import (
     state_shardings,
     to_devices,
 )
+
+_FORCED = "moejax.routing:round_robin"
 
 
 def random_batch(vocab_size: int, batch: int, length: int, documents: int = 1) -> dict[str, Any]:
@@ -43,9 +45,7 @@ def random_batch(vocab_size: int, batch: int, length: int, documents: int = 1) -
 def forced(config: Config) -> Config:
     """The config with `routing.round_robin` in place of its router."""
     assert config.model.moe is not None
-    moe = dataclasses.replace(
-        config.model.moe, router="moejax.routing:round_robin", router_options={}, bias_update_rate=0.0
-    )
+    moe = dataclasses.replace(config.model.moe, router=_FORCED, router_options={}, bias_update_rate=0.0)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
 
 
@@ -59,10 +59,14 @@ def without_losses(config: Config) -> Config:
 
 def cases(config: Config, names: list[str]) -> dict[str, Config]:
     """The configs that are timed, by name; "real" is last. names: those wanted, all if empty. UserError for others."""
-    found = {"real": config}
-    if config.model.moe is not None:
-        found = {"forced": forced(config), "no losses": without_losses(config)} | found
-    found = {name: case for name, case in found.items() if name == "real" or case != config}
+    moe = config.model.moe
+    if moe is not None and moe.router == _FORCED:  # then none is real
+        found = {"forced": config}
+    else:
+        found = {"real": config}
+        if moe is not None:
+            found = {"forced": forced(config), "no losses": without_losses(config)} | found
+        found = {name: case for name, case in found.items() if name == "real" or case != config}
     unknown = set(names) - set(found)
     if unknown:
         there = ", ".join(found) + " of this config"
@@ -78,6 +82,8 @@ class Step:
 
     def __init__(self, config: Config, batch: int, length: int, documents: int = 1):
         self.mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+        train.check_batch(config, self.mesh)
+        train.check_exchange(config, self.mesh)
         self._model, self._tx, self._seed = LM(config.model), optimizer.make(config.optimizer), config.seed
         shardings = state_shardings(self._model, self._tx, self.mesh)
         assert config.model.vocab_size is not None

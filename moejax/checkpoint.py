@@ -11,6 +11,7 @@ the newest one that is still whole. A save that fails (a full disk) costs that s
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ _TOLD = ("OCDBT", "OSError(28")  # tensorstore's words, and Python's for a full 
 logging.getLogger("asyncio").addFilter(
     lambda record: "never retrieved" not in record.getMessage() or not any(t in record.getMessage() for t in _TOLD)
 )
+_END = 4096  # bytes
 _ORBAX_OWN = ("_CHECKPOINT_METADATA", "commit_success.txt")  # rewritten after the manifest, never needed
 
 
@@ -226,6 +228,20 @@ def _say_nothing_of_late_reads() -> None:
 def steps(directory: str | os.PathLike[str]) -> list[int]:
     """The steps of which a run has checkpoints, whole or not, oldest first."""
     return _steps(Path(directory) / "checkpoints")
+
+
+def fingerprint(directory: str | os.PathLike[str] | None) -> str | None:
+    """A hash that tells the newest checkpoint below `directory` from another: of its manifest and each file's ends."""
+    places = [] if directory is None else [p for p in _candidates(Path(directory)) if _inspect(p)[0] is not None]
+    if not places:
+        return None
+    found = hashlib.sha256()
+    for name in (MANIFEST, *sorted(file_sizes(places[-1]))):
+        with open(places[-1] / name, "rb") as file:
+            head = file.read(_END)
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _END))
+            found.update(name.encode() + b"\0" + head + file.read())
+    return found.hexdigest()[:12]
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any] | None:

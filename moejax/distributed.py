@@ -7,6 +7,7 @@ jax ends the others in the same moment, by abort; a small process beside each ou
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -15,21 +16,25 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax._src import distributed as _jax_distributed  # its client has no public name; orbax takes it the same way
 
-from moejax.errors import UserError
+from moejax.errors import UserError, writing
 
-BEAT_SECONDS = 5.0  # between two signs of life
-SILENCE_SECONDS = 30.0  # without one for so long, a process is taken for dead
-# jax's own patience (100 by default) is the second line: it ends a process with a stack trace.
-JAX_SECONDS = 45
+BEAT_SECONDS = 4.0  # between two signs of life
+SILENCE_SECONDS = 24.0  # without one for so long, a process is taken for dead
+# jax's own patience (100 by default) is the second line: it ends a process with a stack trace, as soon as half of this
+# after another's death, when that had last been heard of half of it before.
+JAX_SECONDS = 75
+WAITING_SECONDS = 20.0  # for the others to come, after which a line says so
 MPI_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
-_ALIVE, _ALIKE, _FACTS = "moejax/alive/", "moejax/alike/", "moejax/facts"
+_ALIVE, _ALIKE, _FACTS = "moejax/alive/", "moejax/alike/", "moejax/facts/"
 
 
 # Waits until its parent, process argv[1], has gone without having ended it; then looks whether argv[2]:argv[3] has too.
@@ -74,6 +79,10 @@ def initialize(coordinator: str | None = None, process_id: int | None = None, nu
         raise UserError(f"--coordinator={coordinator}: give HOST:PORT, where process 0 runs and a port that is free")
     if process_id is not None and num_processes is not None and not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id}: it must lie in 0 … {num_processes - 1} (--num_processes)")
+    who = "others" if num_processes is None else f"{num_processes - 1} others"
+    waiting = threading.Timer(WAITING_SECONDS, os.write, (2, f"waiting for the {who} to start\n".encode()))
+    waiting.daemon = True
+    waiting.start()
     by_mpi = missing and any(name in os.environ for name in MPI_LAUNCHED) and find_spec("mpi4py") is not None
     try:
         jax.distributed.initialize(
@@ -87,6 +96,8 @@ def initialize(coordinator: str | None = None, process_id: int | None = None, nu
             reason = "neither Slurm, Cloud TPU, GKE nor MPI started this process, as far as its environment tells"
         raise UserError(f"--distributed: {reason}; give --coordinator=HOST:PORT --process_id=I --num_processes=N, "
                         "the same HOST:PORT and N to each") from error  # fmt: skip
+    finally:
+        waiting.cancel()
     if jax.process_count() > 1:
         global _watch
         state = _jax_distributed.global_state
@@ -101,17 +112,34 @@ def check_alike(facts: Mapping[str, Any]) -> None:
     """
     if _watch is None:
         return
-    client, me = _watch.client, _watch.me
+    client, me, nth = _watch.client, _watch.me, f"{next(_watch.rounds)}/"
     mine = json.loads(json.dumps(dict(facts)))
     if me == 0:
-        client.key_value_set(_FACTS, json.dumps(mine), allow_overwrite=True)
-    first = json.loads(client.blocking_key_value_get(_FACTS, int(1000 * 2 * JAX_SECONDS)))
-    client.key_value_set(f"{_ALIKE}{me:06}", difference(first, mine), allow_overwrite=True)
-    client.wait_at_barrier("moejax/alike", int(1000 * 10 * JAX_SECONDS))  # the slowest may still tokenise its text
-    for name, text in client.key_value_dir_get(_ALIKE):
+        client.key_value_set(_FACTS + nth, json.dumps(mine))
+    first = json.loads(client.blocking_key_value_get(_FACTS + nth, int(1000 * 2 * JAX_SECONDS)))
+    client.key_value_set(f"{_ALIKE}{nth}{me:06}", difference(first, mine))
+    # the slowest may still tokenise its text
+    client.wait_at_barrier(_ALIKE + nth, int(1000 * 10 * JAX_SECONDS))
+    for name, text in client.key_value_dir_get(_ALIKE + nth):
         if text:
             who = int(name.rpartition("/")[2])
             raise UserError(f"process {who} differs from process 0 in {text}: start all with the same command and code")
+
+
+def check_shared(folder: Path) -> None:
+    """Waits for all processes and raises the same UserError in each unless `folder` is one that all of them share."""
+    if _watch is None:
+        return
+    place = folder / ".shared"
+    if _watch.me == 0:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            place.write_text(uuid.uuid4().hex, encoding="utf-8")
+    check_alike({})  # process 0 has written it
+    found = place.read_text(encoding="utf-8") if place.is_file() else None
+    check_alike({"a file of process 0 in --workdir, which must be on a disk that all share,": found})
+    if _watch.me == 0:
+        place.unlink(missing_ok=True)
 
 
 def difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -145,7 +173,7 @@ def leave(code: int, reason: str, error: BaseException | None = None) -> None:
         _watch.dismiss()
         return
     if isinstance(error, jax.errors.JaxRuntimeError):
-        time.sleep(SILENCE_SECONDS + 2 * BEAT_SECONDS)  # if another died, the watch ends this process before
+        time.sleep(SILENCE_SECONDS + 5 * BEAT_SECONDS)  # if another died, the watch ends this process before
     if error is not None:
         traceback.print_exception(error)
     _watch.tell(reason)
@@ -188,6 +216,7 @@ class _Watch(threading.Thread):
         super().__init__(name="processes", daemon=True)
         self.client, self.me, self.processes = client, me, processes
         self.over = threading.Event()
+        self.rounds = itertools.count()
         self.life = Life(host=socket.gethostname())
         self.lost = _lost(coordinator)
         self.witness = None

@@ -1,6 +1,8 @@
 """What a run ran on: packages, commit and devices, and the peak rates of known chips."""
 
+import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -54,6 +56,20 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def code_hash(router: str | None) -> str:
+    """Of the files that a run's numbers come from: moejax, pallas_kernels and the one that `router` names."""
+    root = Path(__file__).parent.parent
+    files = sorted(file for package in ("moejax", "pallas_kernels") for file in (root / package).rglob("*.*"))
+    named = [(str(file.relative_to(root)), file) for file in files if file.suffix in (".py", ".json")]
+    spec = importlib.util.find_spec(router.partition(":")[0]) if router else None
+    if spec is not None and spec.origin is not None:
+        named.append(("router", Path(spec.origin)))
+    found = hashlib.sha256()
+    for name, file in named:
+        found.update(name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
 
 
 def git_commit(folder: Path) -> str | None:

@@ -10,6 +10,7 @@ from moejax.config import Config
 from moejax.errors import UserError
 
 _GB = 1e9
+_SPARE = 0.9  # of what there is, for what is suggested
 
 
 def limit() -> int | None:
@@ -53,8 +54,9 @@ def check_sizes(kept: int, temporary: int, gradients: int, available: int, confi
     """`check_step` in numbers: bytes of arguments and results, and of what lives only during the step.
 
     What would fit is reckoned with activations in proportion to the rows of a microbatch, beside one copy of the
-    gradients, and with microbatches a second one, their sum. Where layers are kept one by one a gradient takes the room
-    of activations that have gone: all that is temporary may then be activations.
+    gradients, and with microbatches a second one, their sum; a tenth is left free, since neither is exact. Where layers
+    are kept one by one a gradient takes the room of activations that have gone: all that is temporary may then be
+    activations. What can't be reckoned is given with a "perhaps".
     """
     if kept + temporary <= available:
         return
@@ -66,7 +68,7 @@ def check_sizes(kept: int, temporary: int, gradients: int, available: int, confi
     activations = max(temporary - copies * gradients, 1)
 
     def fitting(copies: int) -> int:
-        return int(rows * (available - kept - copies * gradients) / activations)
+        return int(rows * (_SPARE * available - kept - copies * gradients) / activations)
 
     ways = []
     more = next((n for n in range(2, rows + 1) if rows % n == 0 and rows // n <= fitting(2)), None)
@@ -74,14 +76,27 @@ def check_sizes(kept: int, temporary: int, gradients: int, available: int, confi
         ways.append(f"config.train.accumulation_steps={parts * more}")
     if fitting(copies) >= 1:
         ways.append(f"config.data.batch_size={batch // rows * fitting(copies)}")
-    if config.model.remat == "none":
-        ways.append("config.model.remat=full")
+    if config.model.remat != "full":
+        ways.append("perhaps config.model.remat=full")
+    if config.model.dtype == "float32":
+        ways.append("perhaps config.model.dtype=bfloat16")
     ways += _smaller_state(config)
     raise UserError(
         f"a step needs {(kept + temporary) / _GB:.1f} GB of each device, which has {available / _GB:.1f}: "
         f"{kept / _GB:.1f} for parameters, moments and the batch, {temporary / _GB:.1f} for gradients and activations; "
         "give " + "; or ".join(ways)
     )
+
+
+def too_large(error: jax.errors.JaxRuntimeError, config: Config) -> UserError | None:
+    """Where the compiler itself found that a step doesn't fit, as on TPU: its first words, and what to try."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        return None
+    reason = next(line.strip() for line in text.splitlines() if "emory" in line or "EXHAUSTED" in line)
+    ways = ["fewer rows, with config.data.batch_size or config.train.accumulation_steps"]
+    ways += ["config.model.remat=full"] if config.model.remat != "full" else []
+    return UserError(f"the step does not fit: {reason[:200]}; try " + "; or ".join(ways + _smaller_state(config)))
 
 
 def _smaller_state(config: Config) -> list[str]:

@@ -56,7 +56,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     Raises UserError: the workdir is another config's (the fields are named), the text changed since, the batch does
     not divide over the mesh, or the loss is no longer finite (the last good checkpoint stays).
     """
-    workdir = Path(workdir)
+    began, workdir = time.perf_counter(), Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; give a folder, or the name of one to be made")
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
@@ -73,6 +73,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         check_exchange(config, mesh)
     if jax.process_count() > 1:
         distributed.check_alike(facts(config, workdir, corpus))
+        distributed.check_shared(workdir)
 
     model: nn.Module = LM(config.model) if family is None else published.model(family, config, corpus.vocab_size)
     tx = optimizer.make(config.optimizer)
@@ -116,8 +117,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         for step in range(start + 1, end + 1):
             batch = to_devices(next(batches), placement)
             if step_fn is None:
-                with implementations_named(config):
-                    step_fn = compiled_step(model, tx, config, shardings).lower(state, batch).compile()
+                step_fn = compiled(compiled_step(model, tx, config, shardings), config, state, batch)
                 gradients = memory.of_state(state.params, shardings.params)
                 memory.check_step(step_fn, gradients, memory.limit(), config, sharding.batch_shards(mesh))
                 writer.say(f"compiled in {time.perf_counter() - clock:.1f} s")
@@ -127,6 +127,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
             # One step behind, so that the device is never kept waiting for the host.
             check_finite(step - 1, last, saver)
             last = current
+            if step == start + 2:
+                writer.say(f"the first step was done {time.perf_counter() - began:.1f} s after the beginning")
             # Not where stop_at ends this call: a run that doesn't stop there has no such line.
             if is_due(step, config.train.log_every) or step == config.train.steps:
                 check_finite(step, current, saver)
@@ -159,6 +161,15 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         if start >= end:  # nothing left to do: say where the finished run stands
             ended = (evaluation(state) if held_out else {}) | {"tokens_per_second": None}
     return ended | {"step": int(state.step)}
+
+
+def compiled(step, config: Config, state: TrainState, batch) -> jax.stages.Compiled:
+    """The step for these operands; UserError where a named implementation does not run here, or there is no room."""
+    with implementations_named(config):
+        try:
+            return step.lower(state, batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise (memory.too_large(error, config) or error) from None
 
 
 @contextlib.contextmanager
@@ -238,7 +249,8 @@ def facts(config: Config, workdir: Path, corpus: data.Corpus) -> dict[str, Any]:
     return {
         **{path: value for path, value in fields.items() if path not in own},
         **{f"the version of {name}": environment.version(name) for name in ("jax", "jaxlib", "flax", "optax")},
-        "the git commit": environment.git_commit(Path(__file__).parent),
+        "the code (a hash of it)": environment.code_hash(None if config.model.moe is None else config.model.moe.router),
+        "the parameters at train.init_from (a hash)": checkpoint.fingerprint(config.train.init_from),
         "the text's content hash": corpus.content_hash,
         "the tokenizer's": corpus.tokenizer.fingerprint,
         "the checkpoints in --workdir, which must be shared": checkpoint.steps(workdir),

@@ -22,7 +22,7 @@ SMALL = [
     "--config.model.num_layers=1", "--config.model.width=32", "--config.model.ffn_width=32",
     "--config.data.sequence_length=16", "--config.data.batch_size=8", "--config.train.steps=6",
     "--config.train.log_every=2", "--config.train.checkpoint_every=4", "--config.train.eval_batches=2",
-    "--config.optimizer.warmup_steps=1",
+    "--config.optimizer.warmup_steps=1", "--config.model.remat=none",
 ]  # fmt: skip
 
 
@@ -46,6 +46,10 @@ def trained(server):
     assert ended.code == 0, ended.err
     assert "Traceback" not in ended.err and "warning" not in ended.err
     assert "step 6: held-out loss" in ended.err
+    said = ended.err.splitlines()
+    for line in ("attention: blocks on cpu", "grouped_matmul: blocks on cpu", "combine: xla on cpu"):
+        assert line in said
+    assert re.search(r"^the first step was done \d+\.\d s after the beginning$", ended.err, re.MULTILINE)
     return workdir
 
 

@@ -17,11 +17,11 @@ import small
 from processes import ROOT
 from test_train import trees
 
-from moejax import distributed
+from moejax import checkpoint, distributed, environment
 from moejax.distributed import Life
 from moejax.errors import UserError
 
-# A process, with a shorter patience than 30 s for another's silence.
+# A process, with a shorter patience than 24 s for another's silence.
 PROCESS = """
 import runpy, sys
 from moejax import distributed
@@ -220,6 +220,36 @@ def test_processes_with_different_configs_stop_before_the_first_step(run):
     assert not (run.folder / "run").exists()
 
 
+def test_processes_whose_workdir_is_not_shared_stop_before_the_first_step(run):
+    run.start(2, *DENSE, LONG, one=[f"--workdir={run.folder / 'own'}"])
+    for code, said in run.end():
+        assert code == 2 or (code == 1 and "ended" in said)
+        assert "process 1 differs from process 0 in a file of process 0 in --workdir, which must be on a disk" in said
+        assert "Traceback" not in said
+
+
+def test_the_one_that_died_is_named_before_jax_ends_the_others_and_within_a_minute():
+    """jax may take a process for dead after half of its patience, if that beat half of it before it died."""
+    named = distributed.SILENCE_SECONDS + 2 * distributed.BEAT_SECONDS
+    assert named < distributed.JAX_SECONDS / 2 and named + 2 * distributed.BEAT_SECONDS < 60
+
+
+def test_other_code_and_other_parameters_have_other_hashes(tmp_path, monkeypatch):
+    (tmp_path / "own_router.py").write_text("def route(): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    first = environment.code_hash("own_router:route")
+    assert first == environment.code_hash("own_router:route") != environment.code_hash(None)
+    (tmp_path / "own_router.py").write_text("def route(): return 1\n")
+    assert first != environment.code_hash("own_router:route")
+    for name, value in (("a", 1.0), ("c", 2.0)):
+        with checkpoint.Checkpointer(tmp_path / name) as saver:
+            saver.save(3, {"params": {"w": np.full((4, 4), value, np.float32)}}, data={}, config={})
+    prints = [checkpoint.fingerprint(tmp_path / name) for name in ("a", "c")]
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    assert checkpoint.fingerprint(tmp_path / "copy") == prints[0] != prints[1]
+    assert checkpoint.fingerprint(tmp_path / "nothing") is None
+
+
 def test_the_first_difference_is_named_with_both_values():
     assert distributed.difference({"a": 1, "b": [2]}, {"a": 1, "b": [2]}) == ""
     assert distributed.difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b (3, and 2 in process 0)"
@@ -231,16 +261,16 @@ def test_who_ended_is_told_from_signs_of_life():
     both = {1: Life("left", beat=4), 2: Life("right", beat=7)}
     assert distributed.verdict(both, seen, now=100.0) is None
     both[1] = Life("left", beat=5)
-    assert distributed.verdict(both, seen, now=129.0) is None
-    assert distributed.verdict(both, seen, now=130.0) is None  # 2 is silent for 30 s: not longer than that
-    line = distributed.verdict(both, seen, now=131.0)
+    assert distributed.verdict(both, seen, now=123.0) is None
+    assert distributed.verdict(both, seen, now=124.0) is None  # 2 is silent for 24 s: not longer than that
+    line = distributed.verdict(both, seen, now=125.0)
     assert line is not None and line.startswith(
-        "process 2 (right) gave no sign of life for 31 s: it died or lost its network"
+        "process 2 (right) gave no sign of life for 25 s: it died or lost its network"
     )
     both[2] = Life("right", beat=7, ended="")  # done: silence is no news
-    assert distributed.verdict(both, seen, now=150.0) is None
+    assert distributed.verdict(both, seen, now=140.0) is None
     both[2] = Life("right", beat=8, ended="the disk is full")
-    assert distributed.verdict(both, seen, now=151.0) == "process 2 (right) ended: the disk is full"
+    assert distributed.verdict(both, seen, now=141.0) == "process 2 (right) ended: the disk is full"
 
 
 @pytest.mark.parametrize(

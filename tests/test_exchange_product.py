@@ -13,20 +13,20 @@ from test_exchange import step_on
 MESHES = ((("data", 2), ("expert", 4)), (("expert", 8),), (("fsdp", 4), ("expert", 2)), (("expert", 4), ("tensor", 2)))
 EIGHT_EXPERTS = ("top_k", "aux_free")
 ROUTERS = tuple(name for name in small.ROUTERS if name != "dense")
+WAYS = ("gather", "all_to_all", "ragged", "remote")
 TRIED = ((MESHES[0], "aux_free", "gather"), (MESHES[3], "top_k", "ragged"))  # by every run of the suite
 
 
 def product():
     """(mesh, router, way, chunks): every way on every mesh with two routers, with every router on 2 × 4 and, of the
-    rest, wherever experts divide; in one chunk and in two by turns."""
-    turn = itertools.cycle((1, 2))
-    for mesh, router, way in itertools.product(MESHES, ROUTERS, ("gather", "all_to_all", "ragged", "remote")):
+    rest, wherever experts divide; in one chunk and in two by turns, of ways and of routers."""
+    for mesh, (i, router), (j, way) in itertools.product(MESHES, enumerate(ROUTERS), enumerate(WAYS)):
         if way != "gather" and router == "expert_choice":
             continue  # a mistake of the user
         if dict(mesh)["expert"] == 8 and router not in EIGHT_EXPERTS:
             continue  # four experts
         # a device of 8 has one row of the batch, which expert choice leaves whole
-        chunks = 1 if router == "expert_choice" else next(turn)
+        chunks = 1 if router == "expert_choice" else 1 + (i + j) % 2
         seldom = () if (mesh, router, way) in TRIED else (pytest.mark.long,)
         yield pytest.param(mesh, router, way, chunks, marks=(pytest.mark.slow, *seldom))
 

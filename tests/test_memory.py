@@ -37,18 +37,18 @@ def test_what_fits_is_let_through():
 @pytest.mark.parametrize(
     ("setting", "temporary", "gradients", "wanted"),
     [
-        # 16 rows take 80 of the 40 that are left: 8 fit.
-        (config(), 80, 0, "accumulation_steps=2; or config.data.batch_size=8; or config.model.remat=full; or "),
-        # Gradients take 10 of 40, activations 70: 16 · 30 / 70 = 6 rows; with their sum, 16 · 20 / 70 = 4.
-        (config(), 80, 10, "accumulation_steps=4; or config.data.batch_size=6; or "),
-        # Two microbatches of 8 rows; two copies of gradients leave 20 of 40, 100 are activations: 1 row.
-        (config(accumulation=2), 120, 10, "accumulation_steps=16; or config.data.batch_size=2; or "),
-        # Layers one by one: all 80 may be activations, 16 · 40 / 80 = 8 rows; with a sum of gradients 16 · 20 / 80 = 4.
-        (apart(), 80, 10, "accumulation_steps=4; or config.data.batch_size=8; or "),
+        # 16 rows take 60 of the 40 that are left, of which 10 stay free: 8 fit.
+        (config(), 60, 0, "accumulation_steps=2; or config.data.batch_size=8; or perhaps config.model.remat=full; or "),
+        # Gradients take 5 of 30, activations 55: 16 · 25 / 55 = 7 rows; with their sum, 16 · 20 / 55 = 5.
+        (config(), 60, 5, "accumulation_steps=4; or config.data.batch_size=7; or "),
+        # Two microbatches of 8 rows; two copies of gradients leave 10 of 30, 80 are activations: 1 row.
+        (config(accumulation=2), 100, 10, "accumulation_steps=16; or config.data.batch_size=2; or "),
+        # Layers one by one: all 60 may be activations, 16 · 30 / 60 = 8 rows; with a sum of gradients 16 · 10 / 60 = 2.
+        (apart(), 60, 10, "accumulation_steps=8; or config.data.batch_size=8; or "),
         # 3 rows of 7 fit: only single rows are an equal share of 7.
-        (config(batch_size=7), 80, 0, "accumulation_steps=7; or config.data.batch_size=3; or "),
+        (config(batch_size=7), 60, 0, "accumulation_steps=7; or config.data.batch_size=3; or "),
         # Not one row of 16 fits in 40 of 800: only other ways help.
-        (config(remat="full", param_dtype="bfloat16"), 800, 0, "activations; give more devices"),
+        (config(remat="full", param_dtype="bfloat16"), 800, 0, "; give perhaps config.model.dtype=bfloat16; or more"),
     ],
 )
 def test_the_error_names_what_would_fit(setting, temporary, gradients, wanted):
@@ -60,9 +60,16 @@ def test_the_error_names_what_would_fit(setting, temporary, gradients, wanted):
 
 
 def test_rows_are_those_of_a_device():
-    # 16 rows over 4 shards are 4 a device, of which half fit: a batch of 8.
+    # 16 rows over 4 shards are 4 a device, of which half fit beside a tenth that is free: a batch of 8.
     with pytest.raises(UserError, match=r"accumulation_steps=2; or config\.data\.batch_size=8;"):
-        memory.check_sizes(60, 80, 0, 100, config(), shards=4)
+        memory.check_sizes(60, 60, 0, 100, config(), shards=4)
+
+
+def test_what_the_compiler_finds_too_large_is_one_line():
+    text = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\nRan out of memory on HBM. Used 181.08G of 15.75G hbm."
+    said = str(memory.too_large(jax.errors.JaxRuntimeError(text), config()))
+    assert "\n" not in said and "does not fit: RESOURCE_EXHAUSTED" in said and "config.model.remat=full; or" in said
+    assert memory.too_large(jax.errors.JaxRuntimeError("INTERNAL: of another kind"), config()) is None
 
 
 def test_a_state_that_is_too_large_by_itself():

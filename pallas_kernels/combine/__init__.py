@@ -8,6 +8,7 @@ On a Hopper GPU both are kernels (`mosaic_gpu`), elsewhere plain XLA (`xla`).
 
 import functools
 import importlib
+import logging
 from types import ModuleType
 
 import jax
@@ -82,7 +83,14 @@ _spread.defvjp(
 
 def pick(rows) -> str:
     """What `implementation=None` takes for these rows (or their shape and dtype) on this platform."""
-    return "mosaic_gpu" if _module("mosaic_gpu").why_not(rows) is None else "xla"
+    name = "mosaic_gpu" if _module("mosaic_gpu").why_not(rows) is None else "xla"
+    _log_once(f"combine: {name} on {jax.default_backend()}")
+    return name
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    logging.getLogger("pallas_kernels").info(line)
 
 
 def _named(name, rows) -> str:
