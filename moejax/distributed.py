@@ -28,11 +28,12 @@ from jax._src import distributed as _jax_distributed  # its client has no public
 from moejax.errors import UserError, writing
 
 BEAT_SECONDS = 4.0  # between two signs of life
-SILENCE_SECONDS = 24.0  # without one for so long, a process is taken for dead
+SILENCE_SECONDS = 30.0  # without one for so long, a process is taken for dead
 # jax's own patience (100 by default) is the second line: it ends a process with a stack trace, as soon as half of this
 # after another's death, when that had last been heard of half of it before.
-JAX_SECONDS = 75
+JAX_SECONDS = 80
 WAITING_SECONDS = 20.0  # for the others to come, after which a line says so
+SHARED_SECONDS = 60.0  # for so long a network's disk may remember that there was no such folder
 MPI_LAUNCHED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 _ALIVE, _ALIKE, _FACTS = "moejax/alive/", "moejax/alike/", "moejax/facts/"
 
@@ -136,6 +137,9 @@ def check_shared(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             place.write_text(uuid.uuid4().hex, encoding="utf-8")
     check_alike({})  # process 0 has written it
+    deadline = time.monotonic() + SHARED_SECONDS
+    while not place.is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
     found = place.read_text(encoding="utf-8") if place.is_file() else None
     check_alike({"a file of process 0 in --workdir, which must be on a disk that all share,": found})
     if _watch.me == 0:

@@ -21,11 +21,11 @@ from moejax import checkpoint, distributed, environment
 from moejax.distributed import Life
 from moejax.errors import UserError
 
-# A process, with a shorter patience than 24 s for another's silence.
+# A process, with a shorter patience than 30 s for another's silence.
 PROCESS = """
 import runpy, sys
 from moejax import distributed
-distributed.BEAT_SECONDS, distributed.SILENCE_SECONDS = 0.3, 3.0
+distributed.BEAT_SECONDS, distributed.SILENCE_SECONDS, distributed.SHARED_SECONDS = 0.3, 3.0, 0.5
 sys.argv[0] = "experiments/train.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -261,16 +261,16 @@ def test_who_ended_is_told_from_signs_of_life():
     both = {1: Life("left", beat=4), 2: Life("right", beat=7)}
     assert distributed.verdict(both, seen, now=100.0) is None
     both[1] = Life("left", beat=5)
-    assert distributed.verdict(both, seen, now=123.0) is None
-    assert distributed.verdict(both, seen, now=124.0) is None  # 2 is silent for 24 s: not longer than that
-    line = distributed.verdict(both, seen, now=125.0)
+    assert distributed.verdict(both, seen, now=129.0) is None
+    assert distributed.verdict(both, seen, now=130.0) is None  # 2 is silent for 30 s: not longer than that
+    line = distributed.verdict(both, seen, now=131.0)
     assert line is not None and line.startswith(
-        "process 2 (right) gave no sign of life for 25 s: it died or lost its network"
+        "process 2 (right) gave no sign of life for 31 s: it died or lost its network"
     )
     both[2] = Life("right", beat=7, ended="")  # done: silence is no news
-    assert distributed.verdict(both, seen, now=140.0) is None
+    assert distributed.verdict(both, seen, now=150.0) is None
     both[2] = Life("right", beat=8, ended="the disk is full")
-    assert distributed.verdict(both, seen, now=141.0) == "process 2 (right) ended: the disk is full"
+    assert distributed.verdict(both, seen, now=151.0) == "process 2 (right) ended: the disk is full"
 
 
 @pytest.mark.parametrize(
