@@ -40,11 +40,14 @@ def config_flag(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder
     )
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Parses the flags and runs `main`; never returns to a caller who would go on after an error."""
+def run(main: Callable[[], Any], picks: bool = True) -> None:
+    """Parses the flags and runs `main`; never returns to a caller who would go on after an error.
+
+    picks: whether it is said which implementation each part picked by platform.
+    """
     sys.unraisablehook = _unraisable(sys.unraisablehook)
     host_memory.keep_freed_memory()
-    _set_up_logging()
+    _set_up_logging(picks)
     environment.keep_compiled_programs()
     try:
         if {"--help", "-help", "-h", "--helpshort", "-helpshort"} & set(sys.argv[1:]):
@@ -250,12 +253,13 @@ class _Lines(logging.Handler):
         tqdm.tqdm.write(level + record.getMessage(), file=sys.stderr)
 
 
-def _set_up_logging() -> None:
-    for name, level in (("moejax", logging.WARNING), ("pallas_kernels", logging.INFO)):
+def _set_up_logging(picks: bool) -> None:
+    for name in ("moejax", "pallas_kernels"):
         logger = logging.getLogger(name)
-        logger.setLevel(level)
+        logger.setLevel(logging.WARNING)
         logger.addHandler(_Lines())
         logger.propagate = False
-    for name in ("moejax.exchange", "moejax.attention"):  # what they pick by platform
-        logging.getLogger(name).setLevel(logging.INFO)
+    if picks:
+        for name in ("pallas_kernels", "moejax.exchange", "moejax.attention"):
+            logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("jax").setLevel(logging.WARNING)  # it tells of every backend that isn't there

@@ -8,6 +8,7 @@ research LM exports as the Qwen3-MoE or Qwen2-MoE that it is a case of; where it
 
 import json
 
+import tokenizers as hf
 from absl import flags
 
 from experiments import cli
@@ -42,12 +43,18 @@ def research() -> None:
 
 
 def tokenizer_files(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
-    """A tokenizer as transformers reads it, by file; none where it is of bytes."""
+    """A tokenizer as transformers reads it, by file; none where it is of bytes.
+
+    Its template puts the end of document before a text, as documents had it in training and as generate has it.
+    """
     if not isinstance(tokenizer, tokenizers.FileTokenizer) or tokenizer.text is None:
         return {}
-    end = tokenizer.end_name
+    end, whole = tokenizer.end_name, hf.Tokenizer.from_str(tokenizer.text)
+    if end is not None:
+        begins = [(end, tokenizer.end_of_document)]
+        whole.post_processor = hf.processors.TemplateProcessing(single=f"{end} $A", special_tokens=begins)
     told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
-    return {"tokenizer.json": tokenizer.text, "tokenizer_config.json": json.dumps(told)}
+    return {"tokenizer.json": whole.to_str(), "tokenizer_config.json": json.dumps(told)}
 
 
 def published() -> None:
@@ -60,4 +67,4 @@ def published() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, picks=False)

@@ -64,8 +64,12 @@ def trained() -> None:
     """The research LM."""
     found = checkpoint.restore(WORKDIR.value)
     if found is None:
-        raise UserError(f"--workdir={WORKDIR.value}: there is no checkpoint; train first with experiments/train.py")
+        first = "import it" if list(Path(WORKDIR.value).glob("*.safetensors")) else "train"
+        script = {"import it": "import_hf.py", "train": "train.py"}[first]
+        raise UserError(f"--workdir={WORKDIR.value}: there is no checkpoint; {first} first with experiments/{script}")
     config = configs.from_config_dict(found.config)
+    if TOKENIZER.value is not None:
+        raise UserError(f"--tokenizer={TOKENIZER.value} is for an imported model: this run has its own; leave it out")
     tokenizer = tokenizers.load(config.data.tokenizer, found.data["tokenizer"])
     if config.model.moe is not None and isinstance(abstract_decision(config.model.moe), routing.ExpertChoice):
         print(

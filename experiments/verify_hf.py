@@ -101,4 +101,4 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, picks=False)

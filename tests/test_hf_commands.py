@@ -149,9 +149,11 @@ def test_an_imported_model_is_evaluated_on_a_text_that_is_named(server, imported
         ("evaluate.py", ("--workdir={run}",), "give --source"),
         ("evaluate.py", ("--workdir={run}", "--source=python-stdlib", "--experts_per_token=99"), "give 1 to"),
         ("import_hf.py", ("--source={source}", "--workdir={run}"), "has checkpoints already"),
-        ("import_hf.py", ("--source={run}", "--workdir={run}2"), "holds no config.json"),
+        ("import_hf.py", ("--source={run}", "--workdir={run}2"), "give what experiments/export_hf.py makes of it"),
+        ("import_hf.py", ("--source={run}2", "--workdir={run}3"), "holds no config.json"),
         ("export_hf.py", ("--workdir={run}", "--target={source}"), "exists"),
         ("export_hf.py", ("--workdir={run}2", "--target={run}3"), "there is no checkpoint"),
+        ("generate.py", ("--workdir={source}",), "import it first with experiments/import_hf.py"),
         ("verify_hf.py", ("--source={source}", "--peer_python=/no/python"), "can't be run"),
     ],
 )
