@@ -8,7 +8,6 @@ research LM exports as the Qwen3-MoE or Qwen2-MoE that it is a case of; where it
 
 import json
 
-import tokenizers as hf
 from absl import flags
 
 from experiments import cli
@@ -37,24 +36,11 @@ def research() -> None:
     end = tokenizer.end_of_document  # begins a document in training, as generate's prompts
     ends = {"bos_token_id": end, "eos_token_id": end}
     raw = family.write_config(config) | ends
-    beside = {"generation_config.json": json.dumps(ends)} | tokenizer_files(tokenizer)
+    beside = {"generation_config.json": json.dumps(ends)}
+    if isinstance(tokenizer, tokenizers.FileTokenizer):
+        beside |= tokenizer.published()
     hf_export.export_variables(TARGET.value, family, config, variables, raw=raw, beside=beside)
     print(f"{family.architecture} in {TARGET.value}")
-
-
-def tokenizer_files(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
-    """A tokenizer as transformers reads it, by file; none where it is of bytes.
-
-    Its template puts the end of document before a text, as documents had it in training and as generate has it.
-    """
-    if not isinstance(tokenizer, tokenizers.FileTokenizer) or tokenizer.text is None:
-        return {}
-    end, whole = tokenizer.end_name, hf.Tokenizer.from_str(tokenizer.text)
-    if end is not None:
-        begins = [(end, tokenizer.end_of_document)]
-        whole.post_processor = hf.processors.TemplateProcessing(single=f"{end} $A", special_tokens=begins)
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
-    return {"tokenizer.json": whole.to_str(), "tokenizer_config.json": json.dumps(told)}
 
 
 def published() -> None:

@@ -103,6 +103,17 @@ class FileTokenizer:
         self._byte_ids = None if None in ids else np.array(ids, np.int32)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
 
+    def published(self) -> dict[str, str]:
+        """The tokenizer as transformers reads it, by file: a text begins with the end of document before it, as
+        documents have it in training."""
+        assert self.text is not None
+        end, whole = self.end_name, hf.Tokenizer.from_str(self.text)
+        if end is not None:
+            begins = [(end, self.end_of_document)]
+            whole.post_processor = hf.processors.TemplateProcessing(single=f"{end} $A", special_tokens=begins)
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+        return {"tokenizer.json": whole.to_str(), "tokenizer_config.json": json.dumps(told)}
+
     def encode_documents(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         # Each document becomes a list of texts (pieces, to be encoded) and arrays (ids of bytes that are not UTF-8).
         parts = [self._parts(document) for document in documents]

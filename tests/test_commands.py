@@ -66,6 +66,7 @@ def test_the_same_command_again_continues(server, trained, tmp_path):
     assert json.loads((workdir / "config.json").read_text())["optimizer"]["decay_steps"] == 6
 
 
+@pytest.mark.long
 def test_a_run_exports_as_a_published_family_with_its_tokenizer(server, tmp_path):
     bpe, run, out = tmp_path / "bpe.json", tmp_path / "run", tmp_path / "out"
     ended = server.run(

@@ -396,9 +396,10 @@ SCRIPT = textwrap.dedent('''
 
     python hello.py --config=experiments/configs/switch.py --config.train.steps=5
     """
-    import time
+    import signal, time
     from experiments import cli
     from moejax.errors import UserError
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which nohup and a shell's & take away
     CONFIG = cli.config_flag()
     def main():
         steps = CONFIG.value.train.steps

@@ -6,6 +6,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -535,13 +536,16 @@ def test_rope_types_that_look_at_the_length():
          "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 3.0, 5.0, 7.0]},
     ],
 )  # fmt: skip
-def test_a_row_is_continued_as_it_is_alone_by_rope_types_that_look_at_the_length(tmp_path, scaling):
+def test_a_row_is_what_it_is_alone_by_rope_types_that_look_at_the_length(tmp_path, scaling):
     config = {"rope_parameters": scaling | {"rope_theta": 100.0}, "max_position_embeddings": 16}
     model, variables = models.load_hf(copy(tmp_path, "mixtral", config))
     assert model.config.rope.rope_type == scaling["rope_type"]
-    prompts = [np.random.default_rng(n).integers(0, 128, n).tolist() for n in (9, 30)]
-    together = models.generate(model, variables, prompts, max_new_tokens=12)
-    assert together[0] == models.generate(model, variables, prompts[:1], max_new_tokens=12)[0]
+    tokens, apply = np.random.default_rng(0).integers(0, 128, (2, 30)), jax.jit(model.apply)
+    place = np.broadcast_to(np.arange(30), (2, 30))
+    real = place < np.array([[20], [30]])  # a row of 20 is past the context of 16 too, with a base of its own
+    together = apply(variables, tokens, place, real.astype(np.int32))
+    alone = apply(variables, tokens[:1, :20])
+    np.testing.assert_allclose(together[0, :20], alone[0], atol=1e-5 * np.std(alone))
 
 
 def test_dynamic_rope_grows_from_the_longest_that_the_config_tells():

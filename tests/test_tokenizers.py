@@ -76,6 +76,13 @@ def test_what_follows_a_prompt_keeps_its_first_space(sentencepiece_like, decoder
     assert tokenizers.decode_after(tokenizers.ByteTokenizer(), [65], [32, 66]) == " B"
 
 
+def test_as_published_a_text_begins_with_the_end_of_the_document_before(bpe):
+    files = bpe.published()
+    ids = hf.Tokenizer.from_str(files["tokenizer.json"]).encode("some text").ids
+    assert ids == [bpe.end_of_document, *bpe.encode("some text")]
+    assert json.loads(files["tokenizer_config.json"])["eos_token"] == "<|endoftext|>"
+
+
 def test_bpe_merges_and_batches_as_one_by_one(bpe):
     assert bpe.vocab_size == 280
     assert bpe.byte_lengths.max() > 1
