@@ -79,13 +79,13 @@ def run_config(imported, folder, **mesh):
 
 
 @pytest.mark.slow
-def test_a_run_from_an_import_is_the_same_on_a_mesh_and_goes_on(imported, tmp_path):
+def test_a_run_from_an_import_is_the_same_on_a_mesh_that_it_goes_on_from(imported, tmp_path):
     config = run_config(imported, tmp_path, data=2, fsdp=2, expert=2)
     one = dataclasses.replace(config, mesh=MeshConfig(data=1))
-    first = train.run(one, tmp_path / "one", stop_at=1, progress=False)
-    assert first["step"] == 1
     train.run(one, tmp_path / "one", progress=False)
-    on_mesh = train.run(config, tmp_path / "mesh", progress=False)
+    first = train.run(config, tmp_path / "mesh", stop_at=1, progress=False)
+    assert first["step"] == 1
+    on_mesh = train.run(one, tmp_path / "mesh", progress=False)
     assert on_mesh["step"] == 2 and np.isfinite(on_mesh["loss"])
 
     stored = {name: checkpoint.restore(tmp_path / name).trees for name in ("one", "mesh")}

@@ -241,6 +241,8 @@ def test_init_from_a_run_whose_layers_are_kept_the_other_way(tmp_path, scanned, 
     jax.tree.map(np.testing.assert_array_equal, (found.params, found.router_state), (same.params, same.router_state))
     for leaf, wanted in zip(jax.tree.leaves(found.params), jax.tree.leaves(same.params), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    if not scanned:
+        return  # what follows is the same either way
     other = dataclasses.replace(models[1].config, width=16)
     with pytest.raises(UserError, match="is of another model"):
         beginning.start_from(train_step.create(LM(other), tx, mesh, 0), str(tmp_path), LM(other), tx, mesh)
