@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import moejax
 from moejax import checkpoint, hf_checkpoint, hf_export, hf_import, hf_tensors, models, rope, safetensors
 from moejax.errors import UserError
 from moejax.rope import Rope
@@ -507,6 +508,12 @@ def test_the_published_spelling_of_deepseek_v3_is_its_preset():
     }  # fmt: skip
     family = models.FAMILIES["deepseek_v3"]
     assert family.read_config(raw) == family.presets["deepseek-v3"]
+
+
+def test_models_are_there_after_importing_moejax_alone():
+    assert moejax.__getattr__("models") is models
+    with pytest.raises(AttributeError, match="no attribute 'model'"):
+        moejax.__getattr__("model")
 
 
 def test_rope_types_that_look_at_the_length():

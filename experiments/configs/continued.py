@@ -21,4 +21,5 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.remat = "full"
     config.optimizer.update(learning_rate=1e-5, schedule="constant", weight_decay=0.0)
+    config.train.init_from = "runs/imported"  # yours, by --config.train.init_from
     return config
