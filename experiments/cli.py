@@ -84,7 +84,7 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> l
         raise UserError(f"--config is given {len(files)} times ({', '.join(files)}); give one file, and change its "
                         "fields with --config.FIELD=VALUE")  # fmt: skip
     try:
-        rest = flag_values(list(argv), known_only=False)
+        rest = flag_values(_none_spelled(argv), known_only=False)
         if "config" in flag_values and flag_values["config"].value is not None:
             hasattr(flag_values["config"].value, "model")  # a file that couldn't be opened raises only now
     except UserError:
@@ -131,10 +131,7 @@ def check_override(path: str, value: str | None) -> None:
         return
     hint = schema.field_type(Config, path)
     inner = schema.without_none(hint)
-    if value is None or inner is Any:
-        return
-    is_text = inner is str or typing.get_origin(inner) is typing.Literal
-    if inner is not hint and value in (_NO_TEXT if is_text else _NO_NUMBER):
+    if value is None or inner is Any or (value in ("None", "none") and inner is not hint):
         return
     if inner is bool:
         given: Any = {"true": True, "1": True, "false": False, "0": False}.get(value.lower(), value)
@@ -143,7 +140,7 @@ def check_override(path: str, value: str | None) -> None:
             given = inner(value)
         except ValueError:
             given = value
-    elif is_text:
+    elif inner is str or typing.get_origin(inner) is typing.Literal:
         given = value
     else:
         try:
@@ -201,18 +198,30 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
     return lines[-1 if "Traceback" in text else 0].strip() if lines else type(error).__name__
 
 
-_NO_TEXT, _NO_NUMBER = ("None",), ("None", "none")  # a text may be "none": model.remat
+def _none_spelled(argv: Sequence[str]) -> list[str]:
+    """argv with None for none where a field of the config may be None: elsewhere that is a text, as in model.remat."""
+    found = list(argv)
+    for path, value in overrides(argv):
+        if value != "none" or path.split(".")[0] in ABLATION_FIELDS:
+            continue
+        hint = schema.field_type(Config, path)
+        for i, argument in enumerate(found):
+            name, _, given = argument.lstrip("-").partition("=")
+            if name == f"config.{path}" and schema.without_none(hint) is not hint:
+                at = i if given else i + 1
+                found[at] = found[at].removesuffix("none") + "None"
+    return found
 
 
 class _OrNone(flags.ArgumentParser):
     """A parser that takes None too: which fields may be None is the schema's to say."""
 
-    def __init__(self, parser: flags.ArgumentParser, words: tuple[str, ...]):
-        self._parser, self._words = parser, words
+    def __init__(self, parser: flags.ArgumentParser):
+        self._parser = parser
         self.syntactic_help = parser.syntactic_help
 
     def parse(self, argument: Any) -> Any:
-        return None if argument in self._words else self._parser.parse(argument)
+        return None if argument == "None" else self._parser.parse(argument)
 
     def flag_type(self) -> str:
         return f"{self._parser.flag_type()} or None"
@@ -230,7 +239,7 @@ _PARSERS: dict[type, flags.ArgumentParser] = {
     int: flags.IntegerParser(), float: flags.FloatParser(), str: flags.ArgumentParser(), ConfigDict: _DictParser()
 }  # fmt: skip
 for _type, _parser in _PARSERS.items():
-    config_flags.register_flag_parser_for_type(_type, _OrNone(_parser, _NO_TEXT if _type is str else _NO_NUMBER))
+    config_flags.register_flag_parser_for_type(_type, _OrNone(_parser))
 
 
 def _unraisable(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -34,7 +34,7 @@ from absl import flags
 from jax.experimental import topologies
 
 from experiments import cli
-from moejax import accounting, memory, optimizer, sharding, tokenizers, train
+from moejax import accounting, optimizer, sharding, tokenizers, train
 from moejax import config as configs
 from moejax.collectives import collectives
 from moejax.config import Config
@@ -115,12 +115,9 @@ def compile_step(config: Config, mesh: jax.sharding.Mesh) -> jax.stages.Compiled
     batch = {name: on_mesh(np.empty(rows, jnp.int32), place) for name in ("tokens", "targets", "positions")}
     batch["segment_ids"], batch["mask"] = batch["tokens"], on_mesh(np.empty(rows, bool), place)
     batch["target_bytes"] = on_mesh(np.empty(rows[:1], jnp.int32), place)
-    with as_on_tpu(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh), train.implementations_named(config):
-        traced = compiled_step(model, tx, config, shardings).trace(jax.tree.map(on_mesh, shapes, shardings), batch)
-        try:
-            return traced.lower(lowering_platforms=("tpu",)).compile()
-        except jax.errors.JaxRuntimeError as error:
-            raise (memory.too_large(error, config) or error) from None
+    state, step = jax.tree.map(on_mesh, shapes, shardings), compiled_step(model, tx, config, shardings)
+    with as_on_tpu(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return train.compiled(lambda: step.trace(state, batch).lower(lowering_platforms=("tpu",)), config)
 
 
 def report(compiled: jax.stages.Compiled, config: Config, devices: int, kind: str) -> None:

@@ -93,7 +93,7 @@ class Step:
             rows = random_batch(config.model.vocab_size, batch, length, documents)
             self._batch = to_devices(rows, sharding.batch_sharding(self.mesh))
             step = compiled_step(self._model, self._tx, config, shardings)
-            self.compiled = step.lower(state, self._batch).compile()
+            self.compiled = train.compiled(lambda: step.lower(state, self._batch), config)
         gradients = memory.of_state(state.params, shardings.params)
         memory.check_step(self.compiled, gradients, memory.limit(), config, sharding.batch_shards(self.mesh))
         self._state: TrainState | None = None

@@ -40,7 +40,7 @@ _ROPE_KEYS = {field.name for field in dataclasses.fields(Rope)}
 def read_json(folder: Path) -> dict[str, Any]:
     """config.json of a checkpoint's folder; UserError where there is none or it can't be read."""
     path = folder / "config.json"
-    if (folder / "checkpoints").is_dir():
+    if next(folder.glob("checkpoints/*/checkpoint.json"), None):
         raise UserError(f"{folder} is a run or an import of moejax's: give what experiments/export_hf.py makes of it")
     if not path.is_file():
         raise UserError(f"{folder} holds no config.json: give the folder of a Hugging Face checkpoint")

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,8 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         for step in range(start + 1, end + 1):
             batch = to_devices(next(batches), placement)
             if step_fn is None:
-                step_fn = compiled(compiled_step(model, tx, config, shardings), config, state, batch)
+                lower = compiled_step(model, tx, config, shardings).lower
+                step_fn = compiled(functools.partial(lower, state, batch), config)
                 gradients = memory.of_state(state.params, shardings.params)
                 memory.check_step(step_fn, gradients, memory.limit(), config, sharding.batch_shards(mesh))
                 writer.say(f"compiled in {time.perf_counter() - clock:.1f} s")
@@ -163,11 +164,11 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     return ended | {"step": int(state.step)}
 
 
-def compiled(step, config: Config, state: TrainState, batch) -> jax.stages.Compiled:
-    """The step for these operands; UserError where a named implementation does not run here, or there is no room."""
+def compiled(lower: Callable[[], jax.stages.Lowered], config: Config) -> jax.stages.Compiled:
+    """What `lower` gives; UserError where a named implementation does not run here, or the compiler finds no room."""
     with implementations_named(config):
         try:
-            return step.lower(state, batch).compile()
+            return lower().compile()
         except jax.errors.JaxRuntimeError as error:
             raise (memory.too_large(error, config) or error) from None
 

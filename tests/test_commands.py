@@ -202,6 +202,7 @@ def test_mistakes_are_one_line_and_lose_nothing(server, trained, tmp_path):
         (("generate.py", new), "there is no checkpoint; train first"),
         (("evaluate.py", f"--workdir={trained}", "--experts_per_token=9"), "9 .*num_experts=8"),
         (("generate.py", f"--workdir={trained}", "--max_new_tokens=0"), "at least 1 new token"),
+        (("generate.py", f"--workdir={trained}", "--tokenizer=a.json"), "this run has its own"),
     ]
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     for arguments, message in cases:

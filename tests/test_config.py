@@ -327,6 +327,12 @@ class TestCommandLine:
         )  # fmt: skip
         assert (config.train.steps, config.model.moe.capacity_factor, config.model.qk_norm) == (7, None, False)
         assert (config.optimizer.betas, config.data.cache_dir) == ((0.8, 0.9), "x")
+        none = parse(
+            monkeypatch, f"--config={SWITCH}", "--config.model.remat=none", "--config.train.init_from=none",
+            "--config.model.moe.capacity_factor", "none", "--config.data.cache_dir=None",
+        )  # fmt: skip
+        assert (none.model.remat, none.train.init_from, none.data.cache_dir) == ("none", None, None)
+        assert none.model.moe.capacity_factor is None
         assert config.optimizer.learning_rate == 1.0
 
     def test_dense_to_sparse_and_back(self, monkeypatch):
