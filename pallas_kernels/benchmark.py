@@ -10,11 +10,12 @@ Peers on a GPU: a dense product of the same FLOPs, `lax.ragged_dot` (as "xla", f
 and the memory of all), tokamax where it is installed, and with --peer_python torch's grouped product. --implementation
 names what is timed beside the dense product, peers among it.
 
-Medians of five rounds, in which every implementation of a case runs in turn (so that all see the same clocks), torch in
-a process of its own among them, with the fastest and slowest round. Weights of a case are larger than the caches
-wherever GB/s matter: the last-level cache is flushed by the case itself. The group metadata is given, as a layer gives
-it to its six products. A decode shape's product runs eight times, over other rows, in one program, as a model's layers
-do: launched from Python one by one, as torch's are, products of 100 µs leave gaps between them.
+Medians of five rounds, in which every implementation of a case has its turn, torch in a process of its own among them,
+with the fastest and slowest round. A turn begins with a tenth of a second of untimed calls, so that each is timed at
+the clocks that it leaves the chip. Weights of a case are larger than the caches wherever GB/s matter: the last-level
+cache is flushed by the case itself. The group metadata is given, as a layer gives it to its six products. A decode
+shape's product runs eight times, over other rows, in one program, as a model's layers do: launched from Python one by
+one, as torch's are, products of 100 µs leave gaps between them.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from pallas_kernels.timing import rounds
 
 OPS = ("forward", "dlhs", "drhs", "both")
 _AGAIN = 8  # times a decode shape's product runs in one program
+_SETTLE = 0.1  # seconds
 _SLOW = ("xla",)  # launched once a round
 _FEW_EXPERTS = 32
 _PEER = Path(__file__).parent / "peers" / "torch_products.py"
@@ -123,7 +125,7 @@ def bench(case, implementations, peer=None) -> dict:
         runs |= {name: functools.partial(job.result(), *args) for name, job in jobs.items()}
     elsewhere = peer.products(case) if peer else {}
     launches = {name: 1 if name[1] in _SLOW else case["launches"] for name in runs}
-    times = rounds(runs, launches=launches, elsewhere=elsewhere)
+    times = rounds(runs, launches=launches, elsewhere=elsewhere, settle=_SETTLE)
     again = {name: 1 if name in elsewhere else case["again"] for name in times}
     return {name: tuple(us / again[name] for us in found) for name, found in times.items()}
 
@@ -161,7 +163,7 @@ class Torch:
         """(op, "torch") -> a function that gives microseconds of one call, for `rounds`."""
         self._ask(case=case)
         return {
-            (op, "torch"): lambda op=op: self._ask(op=op, launches=case["launches"])["us"]
+            (op, "torch"): lambda op=op: self._ask(op=op, launches=case["launches"], settle=_SETTLE)["us"]
             for op in ("dense", *case["ops"])
         }
 

@@ -3,6 +3,7 @@
 python -m pallas_kernels.traffic   prints them for the named shapes and sizes (uniform, Dirichlet, Zipf, …).
 """
 
+import functools
 import itertools
 
 import jax
@@ -15,6 +16,13 @@ from pallas_kernels.shapes import DECODE, SIZES, TRAINING, group_sizes
 
 NAMED = TRAINING | DECODE
 _row_visits = jax.jit(tpu_blocks.row_visits, static_argnums=(1, 2), static_argnames="gradient")
+_metadata = jax.jit(group_metadata, static_argnums=1)
+_forward_specs, _drhs_specs = functools.cache(tpu_blocks.forward_specs), functools.cache(tpu_blocks.drhs_specs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _indices(index_map, steps: int, scalars) -> jax.Array:
+    return jax.vmap(lambda step: jnp.stack(index_map(step, *scalars)))(jnp.arange(steps, dtype=jnp.int32))
 
 
 def bytes_moved(steps: int, spec, array, *scalars) -> int:
@@ -26,8 +34,8 @@ def bytes_moved(steps: int, spec, array, *scalars) -> int:
     """
     if not steps:
         return 0
-    indices = jax.jit(jax.vmap(lambda step: jnp.stack(spec.index_map(step, *scalars))))
-    index = np.asarray(indices(jnp.arange(steps, dtype=jnp.int32)), np.int64)
+    # compiled once for all sizes of groups: up to a power of two of steps, of which those past the grid are left out
+    index = np.asarray(_indices(spec.index_map, 1 << (steps - 1).bit_length(), scalars), np.int64)[:steps]
     moved = index[np.append(True, np.any(index[1:] != index[:-1], axis=1))]
     block = np.array([size or 1 for size in spec.block_shape])
     inside = np.clip(np.array(array.shape) - moved * block, 0, block)
@@ -52,17 +60,17 @@ def grouped_matmul_bytes(op: str, M: int, K: int, N: int, sizes, vmem: int, tili
     op as for least_bytes, of the forward shapes (M, K) × (E, K, N); sizes (E,).
     """
     dtype, E = {2: jnp.bfloat16, 4: jnp.float32}[itemsize], len(sizes)
-    metadata = group_metadata(jnp.asarray(sizes, jnp.int32), M)
+    metadata = _metadata(jnp.asarray(sizes, jnp.int32), M)
     if op == "drhs":
         tiling = tiling or tpu_blocks.drhs_tiling(M, E, K, N, itemsize, vmem)
         table, visits = _row_visits(metadata, M, tiling, gradient=True)
-        inputs, out = tpu_blocks.drhs_specs(tiling, K, N)
+        inputs, out = _drhs_specs(tiling, K, N)
         shapes, columns = [(M, min(K, N)), (M, max(K, N)), (E, K, N)], pl.cdiv(max(K, N), tiling.width)
     else:
         K, N = (N, K) if op == "dlhs" else (K, N)
         tiling = tiling or tpu_blocks.forward_tiling(M, E, K, N, itemsize, itemsize, vmem)
         table, visits = _row_visits(metadata, M, tiling)
-        inputs, out = tpu_blocks.forward_specs(tiling, K, N, transpose_rhs=False)
+        inputs, out = _forward_specs(tiling, K, N, transpose_rhs=False)
         shapes, columns = [(M, K), (E, K, N), (M, N)], pl.cdiv(K if tiling.deep else N, tiling.width)
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     moved = [bytes_moved(int(visits) * columns, *pair, table) for pair in zip([*inputs, out], arrays, strict=True)]

@@ -1,6 +1,7 @@
 """torch's dense and grouped products, for `python -m pallas_kernels.benchmark --peer_python=PATH`, which runs this file
 with PATH, an environment that has torch and a GPU. Answers each line of JSON with one: {"case": …} makes its operands
-and runs its products; {"op": …, "launches": n} gives {"us": …}, microseconds of one of n calls."""
+and runs its products; {"op": …, "launches": n, "settle": s} gives {"us": …}, microseconds of one of n calls after s
+seconds of untimed ones."""
 
 import functools
 import json
@@ -10,9 +11,10 @@ import time
 import torch
 
 
-def microseconds(function, launches):
-    function()  # untimed: the GPU may come from another process
-    torch.cuda.synchronize()
+def microseconds(function, launches, settle=0.0):
+    before = time.perf_counter()
+    while time.perf_counter() - before < settle:
+        microseconds(function, launches)
     start = time.perf_counter()
     for _ in range(launches):
         function()
@@ -96,7 +98,7 @@ def main():
             run |= prepared(asked["case"])
             answer = {}
         else:
-            answer = {"us": microseconds(run[asked["op"]], asked["launches"])}
+            answer = {"us": microseconds(run[asked["op"]], asked["launches"], asked["settle"])}
         print(json.dumps(answer), flush=True)
 
 
