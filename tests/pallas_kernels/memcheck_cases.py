@@ -1,0 +1,83 @@
+"""One case of each Hopper kernel, none of them a good fit for its tiles: `python memcheck_cases.py` runs all.
+
+`test_memcheck.py` runs it under compute-sanitizer. Prints each case's name when its results are there.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import few_rows, remote_exchange
+from pallas_kernels.combine import combine, spread
+from pallas_kernels.gated_ffn import gated_ffn
+from pallas_kernels.grouped_matmul import grouped_matmul
+
+T, K, D, F = 45, 3, 192, 320
+WIDTH = 384  # of rows that are moved: in multiples of 128
+SIZES = (70, 0, 3, 60)  # of 135 rows, two of which are nobody's
+M, E = T * K, len(SIZES)
+
+
+def normal(*shape):
+    return jax.random.normal(jax.random.key(len(shape)), shape, jnp.bfloat16)
+
+
+def with_gradients(function, *args):
+    out, pull = jax.vjp(function, *args)
+    return out, pull(out)
+
+
+def products(sizes, transposed):
+    run = functools.partial(grouped_matmul, transpose_rhs=transposed, implementation="mosaic_gpu")
+    rhs = normal(E, F, D) if transposed else normal(E, D, F)
+    return with_gradients(lambda lhs, rhs: run(lhs, rhs, sizes), normal(M, D), rhs)
+
+
+def gated(sizes):
+    run = functools.partial(gated_ffn, implementation="mosaic_gpu")
+    weights = normal(E, D, F), normal(E, D, F), normal(E, F, D)
+    return with_gradients(lambda rows, *weights: run(rows, *weights, sizes), normal(M, D), *weights)
+
+
+def moved(slot):
+    rows = spread(normal(T, WIDTH), slot, M, implementation="mosaic_gpu")
+    weight = jnp.linspace(0.1, 1.0, M, dtype=jnp.float32)
+    run = functools.partial(combine, implementation="mosaic_gpu")
+    return with_gradients(lambda rows, weight: run(rows, slot, weight), rows, weight)
+
+
+def few(chosen):
+    return few_rows.products(normal(2, 256), chosen, (normal(E, 256, 384), normal(E, 256, 384)))
+
+
+def exchanged(slot, source):
+    routes = remote_exchange.Routes(slot, source, jnp.int32(0))
+
+    def there_and_back(x):
+        rows = remote_exchange.send(x, routes, axis="expert")
+        return rows, remote_exchange.collect(rows, routes, axis="expert")
+
+    mesh = jax.make_mesh((1,), ("expert",), devices=jax.devices()[:1])
+    run = jax.shard_map(there_and_back, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
+    return run(normal(T, WIDTH))
+
+
+def cases():
+    rng = np.random.default_rng(0)
+    sizes, slot = jnp.asarray(SIZES, jnp.int32), jnp.asarray(rng.permutation(M).reshape(T, K), jnp.int32)
+    return {
+        "grouped_matmul": (functools.partial(products, transposed=False), sizes),
+        "grouped_matmul, transposed": (functools.partial(products, transposed=True), sizes),
+        "gated_ffn": (gated, sizes),
+        "combine": (moved, slot),
+        "few_rows": (few, jnp.array([0, 2, 3, 3], jnp.int32)),
+        "remote_exchange": (exchanged, jnp.arange(T, dtype=jnp.int32)[:, None], jnp.arange(T, dtype=jnp.int32)),
+    }
+
+
+if __name__ == "__main__":
+    for name, (run, *args) in cases().items():
+        jax.block_until_ready(jax.jit(run)(*args))
+        print(name, flush=True)
