@@ -15,8 +15,9 @@ $(VENV)/.installed-%: requirements.txt pyproject.toml tools/make_venv.sh
 demo: $(STAMP)
 	$(PYTHON) experiments/demo.py
 
+# Three processes on two cores: many a test waits for a process of its own.
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not gpu and not tpu"
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long and not gpu and not tpu"
 
 # Compiles for TPU on any machine: libtpu (0.7 GB, of jax 0.11.2's tpu extra) needs no TPU for that. It lies apart:
 # installed beside jax it would look for a TPU, and complain, in every later command.
@@ -28,7 +29,7 @@ test-tpu: $(STAMP) $(LIBTPU)
 	PYTHONPATH=$(LIBTPU) JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(PYTHON) -m pytest -m tpu tests/test_tpu.py tests/test_compile_ahead_tpu.py
 
 quick: $(STAMP)
-	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not long and not gpu and not tpu"
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not long and not gpu and not tpu"
 
 long: $(STAMP)
 	$(PYTHON) -m pytest -m long
