@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from moejax import (
     accounting,
@@ -57,24 +58,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     not divide over the mesh, or the loss is no longer finite (the last good checkpoint stays).
     """
     began, workdir = time.perf_counter(), Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; give a folder, or the name of one to be made")
-    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
-    stored = metrics.read_config(workdir)
-    config = configs.settle(config, stored)
-    family = published.description(config.train.init_from)
-    if family is not None:
-        config = published.with_tokenizer(config)
-    corpus = data.prepare(config.data, progress=progress)
-    config = with_vocabulary(config, corpus.vocab_size)
-    check_resumable(stored, config, workdir)
-    check_batch(config, mesh)
-    if family is None:  # published families exchange in the platform's own way, in one chunk
-        check_exchange(config, mesh)
-    if jax.process_count() > 1:
-        distributed.check_alike(facts(config, workdir, corpus))
-        distributed.check_shared(workdir)
-
+    config, corpus, mesh, family = prepared(config, workdir, progress)
     model: nn.Module = LM(config.model) if family is None else published.model(family, config, corpus.vocab_size)
     tx = optimizer.make(config.optimizer)
     with implementations_named(config):
@@ -117,10 +101,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         for step in range(start + 1, end + 1):
             batch = to_devices(next(batches), placement)
             if step_fn is None:
-                lower = compiled_step(model, tx, config, shardings).lower
-                step_fn = compiled(functools.partial(lower, state, batch), config)
-                gradients = memory.of_state(state.params, shardings.params)
-                memory.check_step(step_fn, gradients, memory.limit(), config, sharding.batch_shards(mesh))
+                step_fn = _fitting(compiled_step(model, tx, config, shardings), state, batch, config, mesh, shardings)
                 writer.say(f"compiled in {time.perf_counter() - clock:.1f} s")
                 clock = time.perf_counter()
             writer.profile(step)
@@ -162,6 +143,38 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         if start >= end:  # nothing left to do: say where the finished run stands
             ended = (evaluation(state) if held_out else {}) | {"tokens_per_second": None}
     return ended | {"step": int(state.step)}
+
+
+def prepared(config: Config, workdir: Path, progress: bool) -> tuple[Config, data.Corpus, Mesh, dict | None]:
+    """The config with what text, tokenizer and workdir settle in it, the text, the mesh, and the description of the
+    published model that the run starts from, or None. UserError for what can't be trained, or not by all processes
+    alike."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; give a folder, or the name of one to be made")
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    stored = metrics.read_config(workdir)
+    config = configs.settle(config, stored)
+    family = published.description(config.train.init_from)
+    if family is not None:
+        config = published.with_tokenizer(config)
+    corpus = data.prepare(config.data, progress=progress)
+    config = with_vocabulary(config, corpus.vocab_size)
+    check_resumable(stored, config, workdir)
+    check_batch(config, mesh)
+    if family is None:  # published families exchange in the platform's own way, in one chunk
+        check_exchange(config, mesh)
+    if jax.process_count() > 1:
+        distributed.check_alike(facts(config, workdir, corpus))
+        distributed.check_shared(workdir)
+    return config, corpus, mesh, family
+
+
+def _fitting(step, state: TrainState, batch, config: Config, mesh: Mesh, shardings) -> jax.stages.Compiled:
+    """`step` compiled; UserError where it does not fit the devices' memory."""
+    program = compiled(functools.partial(step.lower, state, batch), config)
+    gradients = memory.of_state(state.params, shardings.params)
+    memory.check_step(program, gradients, memory.limit(), config, sharding.batch_shards(mesh))
+    return program
 
 
 def compiled(lower: Callable[[], jax.stages.Lowered], config: Config) -> jax.stages.Compiled:
