@@ -1,7 +1,8 @@
 """Rows to tokens and back: K rows a token, weighted and summed, and a token's value to its K rows. No atomics.
 
 Letters: T tokens, D width, K rows per token at most, R rows. slot (T, K) i32: the row of each choice, R where it has
-none; no row stands in it twice, so every row is written by one program and the result is the same in every run.
+none, never negative (nobody checks); no row stands in it twice, so every row is written by one program and the result
+is the same in every run.
 
 On a Hopper GPU both are kernels (`mosaic_gpu`), elsewhere plain XLA (`xla`).
 """
@@ -30,10 +31,14 @@ def combine(rows: jax.Array, slot: jax.Array, weight: jax.Array | None, *, imple
 
     Raises ValueError for shapes or dtypes that don't fit, NotImplementedError where the named implementation can't run.
     """
+    rows, slot = jnp.asarray(rows), jnp.asarray(slot)
     _check("combine", rows, slot)
     if weight is not None and (weight.shape != rows.shape[:1] or weight.dtype != jnp.float32):
         raise ValueError(f"combine: weight must be float32 ({rows.shape[0]},); got {weight.dtype}{list(weight.shape)}")
-    return _combine(_named(implementation, rows), *vary_alike(rows, slot, weight))
+    name = _named(implementation, rows)
+    if 0 in (*rows.shape, *slot.shape):
+        return vary_alike(jnp.zeros((slot.shape[0], rows.shape[1]), rows.dtype), rows, slot, weight)[0]
+    return _combine(name, *vary_alike(rows, slot, weight))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -63,11 +68,15 @@ def spread(x: jax.Array, slot: jax.Array, num_rows: int, *, implementation=None)
     Rows in no slot are undefined: "mosaic_gpu" leaves them as the memory was. Differentiable in x (a `combine` without
     weights). Arguments and errors as `combine`'s.
     """
+    x, slot = jnp.asarray(x), jnp.asarray(slot)
     _check("spread", x, slot)
     if x.shape[0] != slot.shape[0]:
         raise ValueError(f"spread: x has {x.shape[0]} tokens and slot {slot.shape[0]}; give both the same")
     shape = jax.ShapeDtypeStruct((num_rows, x.shape[1]), x.dtype)
-    return _spread(_named(implementation, shape), num_rows, *vary_alike(x, slot))
+    name = _named(implementation, shape)
+    if 0 in (*x.shape, *slot.shape, num_rows):
+        return vary_alike(jnp.zeros(shape.shape, x.dtype), x, slot)[0]
+    return _spread(name, num_rows, *vary_alike(x, slot))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -111,8 +120,9 @@ def _module(name: str) -> ModuleType:
 
 
 def _check(what, rows, slot) -> None:
-    if rows.ndim != 2 or slot.ndim != 2 or slot.dtype != jnp.int32:
+    right = rows.ndim == slot.ndim == 2 and slot.dtype == jnp.int32 and jnp.issubdtype(rows.dtype, jnp.floating)
+    if not right:
         raise ValueError(
-            f"{what}: needs rows or tokens (N, D) and slot (T, K) int32; got {rows.dtype}{list(rows.shape)} and "
-            f"{slot.dtype}{list(slot.shape)}"
+            f"{what}: needs rows or tokens (N, D) of a floating dtype and slot (T, K) int32; got "
+            f"{rows.dtype}{list(rows.shape)} and {slot.dtype}{list(slot.shape)}"
         )

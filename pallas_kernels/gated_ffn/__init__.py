@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.gated_ffn import mosaic_gpu
 from pallas_kernels.grouped_matmul import GroupMetadata, group_metadata, grouped_matmul, named, pick
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
+from pallas_kernels.grouped_matmul.metadata import check_metadata
 from pallas_kernels.vary import vary_alike
 
 __all__ = ["ACTIVATIONS", "gated_ffn"]
@@ -35,7 +36,7 @@ def gated_ffn(
 
     rows (M, D) sorted by group; gate, up (E, D, F) and down (E, F, D), all of one dtype; group_sizes (E,) i32. Returns
     (M, D) of that dtype. Differentiable in rows, weights and scale. Rows past the sum of group_sizes are never read,
-    come out as zeros and take no part in a gradient.
+    come out as zeros and take no part in a gradient. Once and in reverse mode, as `grouped_matmul`.
 
     scale (M,) f32 multiplies each row of what goes into `down`, before it is rounded: a gate applied so needs no result
     of `down` for its gradient. metadata: `group_metadata(group_sizes, M)`. implementation: of `grouped_matmul`; with
@@ -45,12 +46,17 @@ def gated_ffn(
 
     Raises ValueError for shapes, dtypes or an activation that don't fit, NotImplementedError as `grouped_matmul`.
     """
+    rows, gate, up, down, group_sizes = (jnp.asarray(a) for a in (rows, gate, up, down, group_sizes))
     _check(rows, gate, up, down, group_sizes, activation)
     if scale is not None and (scale.shape != rows.shape[:1] or scale.dtype != jnp.float32):
         raise ValueError(f"gated_ffn: scale must be float32 ({rows.shape[0]},); got {scale.dtype}{list(scale.shape)}")
     name = named(implementation, rows, gate) if implementation else pick(rows, gate)
-    metadata = metadata or group_metadata(group_sizes, rows.shape[0])
-    if name == "mosaic_gpu" and rows.shape[0]:
+    if 0 in (*rows.shape, *gate.shape):
+        return vary_alike(jnp.zeros(rows.shape, rows.dtype), rows, gate)[0]
+    if metadata is None:
+        metadata = group_metadata(group_sizes, rows.shape[0])
+    check_metadata("gated_ffn", metadata, group_sizes)
+    if name == "mosaic_gpu":
         out = _block(activation, *vary_alike(rows, gate, up, down, scale, group_sizes, metadata))
     else:
         product = functools.partial(
@@ -64,6 +70,8 @@ def gated_ffn(
 def _check(rows, gate, up, down, group_sizes, activation) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"gated_ffn: unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    if group_sizes.dtype != jnp.int32:
+        raise ValueError(f"gated_ffn: group_sizes must be int32; got {group_sizes.dtype}")
     shapes = [tuple(a.shape) for a in (rows, gate, up, down, group_sizes)]
     if rows.ndim == 2 and gate.ndim == 3:
         E, D, F = gate.shape

@@ -16,7 +16,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.grouped_matmul.metadata import SPARE, GroupMetadata, group_metadata
+from pallas_kernels.grouped_matmul.metadata import SPARE, GroupMetadata, check_metadata, group_metadata
 from pallas_kernels.vary import vary_alike
 
 __all__ = ["SPARE", "GroupMetadata", "group_metadata", "grouped_matmul", "named", "pick"]
@@ -41,20 +41,29 @@ def grouped_matmul(
 
     lhs (M, K) and rhs (E, K, N), or (E, N, K) with transpose_rhs: float32, bfloat16 or float16, both the same.
     group_sizes (E,) i32: how many rows each group has, in order; the sum may be less than M. Returns (M, N) in
-    preferred_element_type (default: lhs's dtype), summed in float32. Rows past the sum are never read, come out as
-    zeros and take no part in a gradient; an empty group's weights get a gradient of exact zeros. Differentiable in lhs
-    and rhs. metadata: `group_metadata(group_sizes, M)`, when several products share it.
+    preferred_element_type (one of the three; default: lhs's dtype), summed in float32. Rows past the sum are never
+    read, come out as zeros and take no part in a gradient; an empty group's weights get a gradient of exact zeros.
+    metadata: `group_metadata(group_sizes, M)`, when several products share it; of other sizes it gives other results.
+
+    Differentiable in lhs and rhs, once and in reverse mode (no jvp, no gradient of a gradient). Gradients are products
+    of the cotangent rounded to lhs's dtype, in which float16 has no numbers beyond 65504.
 
     implementation: one of `IMPLEMENTATIONS`, which runs or raises; None picks by platform and shape and logs its pick.
     Raises ValueError for shapes or dtypes that don't fit and for an unknown implementation, NotImplementedError where
     the named implementation can't take these operands or this machine.
     """
+    lhs, rhs, group_sizes = (jnp.asarray(a) for a in (lhs, rhs, group_sizes))
     _check(lhs, rhs, group_sizes, transpose_rhs)
     out_dtype = jnp.dtype(preferred_element_type or lhs.dtype)
+    if out_dtype not in _DTYPES:
+        raise ValueError(f"grouped_matmul: preferred_element_type={out_dtype} must be float32, bfloat16 or float16")
     name = pick(lhs, rhs, transpose_rhs) if implementation is None else named(implementation, lhs, rhs, transpose_rhs)
-    metadata = metadata or group_metadata(group_sizes, lhs.shape[0])
-    if lhs.shape[0] == 0:
-        return jnp.zeros((0, rhs.shape[1 if transpose_rhs else 2]), out_dtype)
+    if 0 in (*lhs.shape, *rhs.shape):
+        nothing = jnp.zeros((lhs.shape[0], rhs.shape[1 if transpose_rhs else 2]), out_dtype)
+        return vary_alike(nothing, lhs, rhs)[0]
+    if metadata is None:
+        metadata = group_metadata(group_sizes, lhs.shape[0])
+    check_metadata("grouped_matmul", metadata, group_sizes)
     return _product(name, transpose_rhs, out_dtype, *vary_alike(lhs, rhs, group_sizes, metadata))
 
 
@@ -81,9 +90,10 @@ _product.defvjp(_forward, _backward)
 
 def pick(lhs, rhs, transpose_rhs: bool = False) -> str:
     """The implementation that `implementation=None` takes for these operands (or their shapes) on this platform."""
-    platform = jax.sharding.get_abstract_mesh().abstract_device
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return _pick(
-        platform.platform if platform else jax.default_backend(),
+        device.platform,
+        device.device_kind,
         jax.ShapeDtypeStruct(lhs.shape, lhs.dtype),
         jax.ShapeDtypeStruct(rhs.shape, rhs.dtype),
         transpose_rhs,
@@ -91,7 +101,8 @@ def pick(lhs, rhs, transpose_rhs: bool = False) -> str:
 
 
 @functools.cache
-def _pick(platform, lhs, rhs, transpose_rhs) -> str:
+def _pick(platform, kind, lhs, rhs, transpose_rhs) -> str:
+    del kind  # one chip of a platform takes what another does not
     *preferred, last = _PREFERRED.get(platform, ("blocks",))
     name = next((name for name in preferred if _why_not(name, lhs, rhs, transpose_rhs) is None), last)
     _log_once(f"grouped_matmul: {name} on {platform}")
@@ -118,13 +129,7 @@ def named(name, lhs, rhs, transpose_rhs: bool = False) -> str:
 
 
 def _why_not(name, lhs, rhs, transpose_rhs) -> str | None:
-    try:
-        module = _module(name)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{name}":
-            raise
-        return "it is not part of this version"
-    why_not = getattr(module, "why_not", None)
+    why_not = getattr(_module(name), "why_not", None)
     return why_not(lhs, rhs, transpose_rhs) if why_not else None
 
 

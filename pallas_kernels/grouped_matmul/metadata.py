@@ -35,10 +35,16 @@ def group_metadata(group_sizes: jax.Array, M: int, spare: int = 0) -> GroupMetad
 
     spare: multiprocessors of a GPU that these products and their gradients leave to others, an even number (`SPARE`).
 
-    Outside jit, and under `jax.disable_jit()` everywhere, sizes that are negative or sum to more than M raise a
-    ValueError. Under jit nothing is checked: even checkify's debug_check is a use of the sizes that flax's scan takes
-    for a dependency of what it broadcasts.
+    Raises ValueError for sizes that are not (E,) i32, an odd or negative spare and, where the sizes are known (outside
+    jit, vmap and shard_map, and inside jit under `jax.disable_jit()`), for negative ones or a sum of more than M. Under
+    jit that is not checked: even checkify's debug_check is a use of the sizes that flax's scan takes for a dependency
+    of what it broadcasts.
     """
+    group_sizes = jnp.asarray(group_sizes)
+    if group_sizes.ndim != 1 or group_sizes.dtype != jnp.int32:
+        raise ValueError(f"group_sizes must be (E,) int32; got {group_sizes.dtype}{list(group_sizes.shape)}")
+    if spare < 0 or spare % 2:
+        raise ValueError(f"spare={spare} must be even and not negative: multiprocessors are left in pairs")
     if not isinstance(group_sizes, jax.core.Tracer):
         check_sizes(group_sizes, M)
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
@@ -46,6 +52,15 @@ def group_metadata(group_sizes: jax.Array, M: int, spare: int = 0) -> GroupMetad
     if jax.default_backend() != "gpu":
         return GroupMetadata(starts, ends, spare=spare)
     return GroupMetadata(starts, ends, schedule.row_tiles(starts, ends, M), schedule.by_size(starts, ends), spare)
+
+
+def check_metadata(what: str, metadata: GroupMetadata, group_sizes: jax.Array) -> None:
+    """ValueError, begun with `what`, unless the metadata is of as many groups as group_sizes (E,)."""
+    if metadata.ends.shape != group_sizes.shape:
+        raise ValueError(
+            f"{what}: metadata is of {metadata.ends.shape[0]} groups and group_sizes of {group_sizes.shape[0]}; give "
+            "group_metadata(group_sizes, M)"
+        )
 
 
 def check_sizes(group_sizes: jax.Array, M: int) -> None:

@@ -29,5 +29,5 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype) -> jax.Arra
 
 
 def _member(lhs, metadata, e) -> jax.Array:
-    row = jnp.arange(lhs.shape[0])
+    row = jnp.arange(lhs.shape[0], dtype=jnp.int32)
     return ((row >= metadata.starts[e]) & (row < metadata.ends[e]))[:, None]

@@ -1,4 +1,8 @@
-"""`lax.ragged_dot`. XLA lowers it well on TPU; on CPU and NVIDIA it is a masked dense product, E times the work."""
+"""`lax.ragged_dot`. XLA lowers it well on TPU; on CPU and NVIDIA it is a masked dense product, E times the work.
+
+There an infinity or NaN in one group's weights, or in the rows of one group for the gradient of weights, comes out in
+other groups' results as well: what is masked is multiplied by zero. No other implementation does that.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -37,4 +41,4 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype) -> jax.Arra
 
 
 def _members(rows, metadata) -> jax.Array:
-    return jnp.where((jnp.arange(rows.shape[0]) < metadata.ends[-1])[:, None], rows, 0)
+    return jnp.where((jnp.arange(rows.shape[0], dtype=jnp.int32) < metadata.ends[-1])[:, None], rows, 0)

@@ -1,6 +1,6 @@
 """torch's own errors against float64, for the tests that hold ours to 1.5 times them (`pytest -m gpu`).
 
-    python torch_errors.py gated_ffn|combine FILE.npz
+    python torch_errors.py grouped_matmul|gated_ffn|combine FILE.npz
 
 FILE: the arguments in float32 (values of bfloat16) by name, and the right results as want_0, want_1 …: the value and
 the gradients, in the order of the arguments. Prints one JSON list, torch's relative error of each.
@@ -22,8 +22,11 @@ def main():
     def tensor(name, dtype=torch.bfloat16):
         return torch.tensor(data[name], device=device).to(dtype)
 
-    if what == "gated_ffn":
-        ends = tensor("sizes", torch.int32).cumsum(0).to(torch.int32)
+    ends = None if what == "combine" else tensor("sizes", torch.int32).cumsum(0).to(torch.int32)
+    if what == "grouped_matmul":
+        product = functools.partial(torch._grouped_mm, offs=ends)
+        got = both(product, tensor("grad"), tensor("lhs"), tensor("rhs"))
+    elif what == "gated_ffn":
         args = [tensor(name) for name in ("rows", "gate", "up", "down")]
         got = both(functools.partial(gated_ffn, ends=ends), tensor("grad"), *args)
     else:

@@ -67,13 +67,14 @@ def exchanged(slot, source):
 def cases():
     rng = np.random.default_rng(0)
     sizes, slot = jnp.asarray(SIZES, jnp.int32), jnp.asarray(rng.permutation(M).reshape(T, K), jnp.int32)
+    tokens = jnp.arange(T, dtype=jnp.int32)
     return {
         "grouped_matmul": (functools.partial(products, transposed=False), sizes),
         "grouped_matmul, transposed": (functools.partial(products, transposed=True), sizes),
         "gated_ffn": (gated, sizes),
         "combine": (moved, slot),
         "few_rows": (few, jnp.array([0, 2, 3, 3], jnp.int32)),
-        "remote_exchange": (exchanged, jnp.arange(T, dtype=jnp.int32)[:, None], jnp.arange(T, dtype=jnp.int32)),
+        "remote_exchange": (exchanged, tokens[:, None], tokens),
     }
 
 

@@ -121,6 +121,14 @@ def everything_but_slices(rows, slot, weight, grad, implementation):
     return out, *pull(grad), there, *turned(rows)
 
 
+def test_no_rows_and_no_tokens():
+    rows, slot, weight, _ = operands(4, 2, 128)
+    none = jnp.zeros((4, 2), jnp.int32)
+    np.testing.assert_array_equal(combine(rows[:0], none, weight[:0]), np.zeros((4, 128)))
+    assert combine(rows, slot[:0], weight).shape == (0, 128)
+    assert spread(rows[:0], slot[:0], 8).shape == (8, 128)
+
+
 def test_bad_input():
     rows, slot, weight, grad = operands(4, 2, 128)
     with pytest.raises(ValueError, match=r"weight must be float32 \(8,\); got float32\[4\]"):
@@ -129,6 +137,8 @@ def test_bad_input():
         combine(rows, slot, weight, implementation="mosaic")
     with pytest.raises(ValueError, match="x has 3 tokens and slot 4"):
         spread(grad[:3], slot, 8)
+    with pytest.raises(ValueError, match=r"floating dtype.* got int32\[8, 128\]"):
+        combine(rows.astype(jnp.int32), slot, weight)
     with pytest.raises(ValueError, match=r"slot \(T, K\) int32"):
         combine(rows, slot.astype(jnp.float32), weight)
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU; implementation='xla' would"):

@@ -58,6 +58,10 @@ def test_bad_input():
         products(rows, chosen, (kernels[0], kernels[1][:, :, :64]))
     with pytest.raises(ValueError, match=r"chosen \(R,\) int32 with R a multiple of T"):
         products(rows, chosen[:1], kernels)
+    with pytest.raises(ValueError, match=r"needs rows \(T, A\)"):
+        products(rows[0], chosen, kernels)
+    with pytest.raises(ValueError, match=r"needs rows \(T, A\)"):
+        products(rows, chosen, ())
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
         products(rows, chosen, kernels)
     with pytest.raises(NotImplementedError, match="A in multiples of 16 and N of 128"):

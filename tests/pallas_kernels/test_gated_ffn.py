@@ -223,6 +223,13 @@ def test_the_block_lowers_inside_shard_map(monkeypatch):
         assert name in text
 
 
+def test_no_rows():
+    rows, gate, up, down, _ = operands((0, 0), 0, 64, 64)
+    out, pull = jax.vjp(lambda *args: gated_ffn(*args, jnp.zeros(2, jnp.int32)), rows, gate, up, down)
+    assert out.shape == (0, 64)
+    assert all(not np.any(np.asarray(gradient)) for gradient in pull(out))
+
+
 def test_bad_input():
     rows, gate, up, down, _ = operands((4,), 4, 64, 64)
     sizes = jnp.array([4], jnp.int32)
@@ -232,6 +239,8 @@ def test_bad_input():
         gated_ffn(rows, gate, up[..., :32], down, sizes)
     with pytest.raises(ValueError, match="one dtype; got bfloat16, bfloat16, bfloat16, float32"):
         gated_ffn(rows, gate, up, down.astype(jnp.float32), sizes)
+    with pytest.raises(ValueError, match="group_sizes must be int32; got float32"):
+        gated_ffn(rows, gate, up, down, jnp.array([4.0]))
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
         gated_ffn(rows, gate, up, down, sizes, implementation="mosaic_gpu")
 

@@ -108,6 +108,22 @@ def test_no_rows():
     np.testing.assert_array_equal(drhs, np.zeros((2, 3, 4)))
 
 
+@pytest.mark.parametrize("E, K, N", [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
+@pytest.mark.parametrize("implementation", ("reference", *FAST))
+def test_nothing_to_multiply(implementation, E, K, N):
+    lhs, rhs, grad = operands(6, E, K, N)
+    got = value_and_grads(lhs, rhs, grad, jnp.ones(E, jnp.int32), implementation)
+    for ours, shape in zip(got, ((6, N), (6, K), (E, K, N)), strict=True):
+        np.testing.assert_array_equal(ours, np.zeros(shape))
+
+
+def test_operands_of_numpy():
+    lhs, rhs, _ = operands(8, 2, 3, 4)
+    sizes = np.array([3, 5], np.int32)
+    want = grouped_matmul(lhs, rhs, jnp.asarray(sizes))
+    np.testing.assert_array_equal(grouped_matmul(np.asarray(lhs), np.asarray(rhs), sizes), want)
+
+
 def test_blocks_layout_is_what_the_tests_above_mean():
     sizes = jnp.zeros(5, jnp.int32)
     assert Layout.of(203, group_metadata(sizes, 203)).base == 48
@@ -238,6 +254,32 @@ def test_bad_operands(change, message):
     with pytest.raises(ValueError, match=message) as error:
         grouped_matmul(*change(lhs, rhs, jnp.array([3, 5], jnp.int32)))
     assert "\n" not in str(error.value)
+
+
+def test_bad_options():
+    lhs, rhs, _ = operands(8, 2, 3, 4)
+    sizes = jnp.array([3, 5], jnp.int32)
+    with pytest.raises(ValueError, match="preferred_element_type=int32 must be float32, bfloat16 or float16"):
+        grouped_matmul(lhs, rhs, sizes, preferred_element_type=jnp.int32)
+    with pytest.raises(ValueError, match=r"metadata is of 3 groups and group_sizes of 2; give group_metadata"):
+        grouped_matmul(lhs, rhs, sizes, metadata=group_metadata(jnp.array([3, 5, 0], jnp.int32), 8))
+    with pytest.raises(ValueError, match=r"group_sizes must be \(E,\) int32; got float32\[2\]"):
+        group_metadata(jnp.array([3.0, 5.0]), 8)
+    with pytest.raises(ValueError, match="spare=3 must be even"):
+        group_metadata(sizes, 8, spare=3)
+
+
+def test_the_pick_is_of_the_chip_that_is_traced_for(monkeypatch):
+    """Two chips of one platform, of which one can't."""
+    chip = ["able"]
+    monkeypatch.setattr(package, "_PREFERRED", {"cpu": ("mosaic_tpu", "blocks")})
+    monkeypatch.setattr(package, "_why_not", lambda name, *_: None if (name, chip[0]) == ("mosaic_tpu", "able") else "")
+    package._pick.cache_clear()
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32), jax.ShapeDtypeStruct((2, 128, 128), jnp.float32), False
+    assert package._pick("cpu", "able", *shape) == "mosaic_tpu"
+    chip[0] = "not able"
+    assert package._pick("cpu", "not able", *shape) == "blocks"
+    package._pick.cache_clear()
 
 
 def test_sizes_inside_jit_are_checked_where_jit_is_disabled():
