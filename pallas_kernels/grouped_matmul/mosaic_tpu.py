@@ -114,7 +114,7 @@ def _common(name, shape, dtype, lhs) -> dict:
         "name": name,
         "out_shape": jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(lhs).manual_axis_type),
         "compiler_params": pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=(_vmem() or _VMEM) // 16 * 15
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=(_vmem() or _VMEM) // 64 * 63
         ),
     }
 

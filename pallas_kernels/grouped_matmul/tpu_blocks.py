@@ -160,7 +160,7 @@ def forward_tiling(M: int, E: int, K: int, N: int, itemsize: int, out_itemsize: 
         inside, across = (width, N) if deep else (K, width)
         # two of each, since the next is fetched meanwhile; the carried rows; products in float32
         fetched = 2 * itemsize * (inside * across + rows * inside)
-        return fetched + out_itemsize * rows * (2 * across + N) + 8 * rows * PIECE
+        return fetched + out_itemsize * rows * (2 * across + N) + 8 * rows * min(PIECE, across)
 
     most = _rows(M, E)
     if used(most, K if deep else N) <= _room(vmem):
@@ -175,7 +175,7 @@ def drhs_tiling(M: int, E: int, K: int, N: int, itemsize: int, vmem: int) -> Til
 
     def used(rows, width):
         result, blocks = narrow * width, rows * (narrow + width)
-        return itemsize * 2 * (result + blocks) + 4 * (result + rows * narrow) + 4 * narrow * PIECE
+        return itemsize * 2 * (result + blocks) + 4 * (result + rows * narrow) + 4 * narrow * min(PIECE, width)
 
     most = _rows(M, E)
     if used(most, wide) <= _room(vmem):
@@ -184,7 +184,7 @@ def drhs_tiling(M: int, E: int, K: int, N: int, itemsize: int, vmem: int) -> Til
 
 
 def _room(vmem: int) -> int:
-    return vmem // 8 * 7  # the rest is the compiler's
+    return vmem // 16 * 15  # of the rest the compiler has what `mosaic_tpu` lets it
 
 
 def _rows(M: int, E: int) -> int:

@@ -204,10 +204,6 @@ def test_bytes_are_those_that_the_interpreter_moves(kind, sizes, monkeypatch):
     assert sum(moved) - forward == grouped_matmul_bytes("drhs", 64, K, N, sizes, 0, tilings[1])
 
 
-# Where VMEM can't hold the rows of one group between columns, the weights come again: README.md says which and why.
-TOO_MANY_ROWS = {(64, "mixtral-8x7b", "up", "dlhs"), (64, "mixtral-8x7b", "down", "forward")}
-
-
 LARGE = ("mixtral-8x7b", "deepseek-v3-ep8")  # what fits a VMEM of 64 MiB and what does not
 DECODING = ("mixtral-8x7b-decode-64", "deepseek-v3-ep8-decode-256", "qwen3-30b-a3b-decode-1")
 
@@ -217,10 +213,11 @@ def test_bytes_at_the_named_shapes(vmem, name):
     shape = (shapes.TRAINING | shapes.DECODE)[name]
     for part in ("up", "down"):
         M, E, K, N = shape.product(part)
-        for kind, op in itertools.product(("dirichlet", "quarter_empty"), ("forward", "dlhs", "drhs")):
+        for kind, op in itertools.product(("dirichlet", "quarter_empty", "zipf"), ("forward", "dlhs", "drhs")):
             sizes = shapes.group_sizes(kind, M, E)
             ratio = grouped_matmul_bytes(op, M, K, N, sizes, vmem * MIB) / least_bytes(op, sizes, M, K, N)
-            limit = 1.2 if kind == "dirichlet" and (vmem, name, part, op) in TOO_MANY_ROWS else 1.1
+            # Mixtral's largest group has 7000 rows there, more than VMEM keeps: its weights come again (README.md)
+            limit = 1.8 if (name, kind) == ("mixtral-8x7b", "zipf") else 1.1
             assert 1 <= ratio <= limit, (part, kind, op)
 
 
