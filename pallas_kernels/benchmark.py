@@ -1,14 +1,15 @@
 """Times the grouped products at the named shapes beside a dense product of the same FLOPs and the peers.
 
-    python -m pallas_kernels.benchmark [--op forward,dlhs,drhs,gated_ffn,…] [--shape olmoe,…|training|decode]
+    python -m pallas_kernels.benchmark [--op forward,dlhs,drhs,gated_ffn,…|all] [--shape training,decode|olmoe-1b-7b,…]
         [--sizes dirichlet] [--implementation mosaic_gpu,xla] [--peer_python PATH] [--json FILE]
 
 --op: forward, dlhs and drhs of the products up and down, and both, all three; gated_ffn, combine and spread, and
-gated_ffn_both and combine_both, which are values and all gradients (`block_ops`).
+gated_ffn_both and combine_both, which are values and all gradients (`block_ops`); all: every one of these.
 
 Peers on a GPU: a dense product of the same FLOPs, `lax.ragged_dot` (as "xla", for up to 32 experts: it takes the work
 and the memory of all), tokamax where it is installed, and with --peer_python torch's grouped product. --implementation
-names what is timed beside the dense product, peers among it.
+names what is timed beside the dense product, peers among it: each must run every operation that is timed, here.
+--json is written after each case.
 
 Medians of five rounds, in which every implementation of a case has its turn, torch in a process of its own among them,
 with the fastest and slowest round. A turn begins with a tenth of a second of untimed calls, so that each is timed at
@@ -22,12 +23,11 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
-import itertools
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -35,27 +35,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import block_ops, shapes
-from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, pick
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, group_metadata, grouped_matmul, named, pick
 from pallas_kernels.peers import jax_products
 from pallas_kernels.timing import rounds
 
 OPS = ("forward", "dlhs", "drhs", "both")
+_EVERY = (*OPS, *block_ops.OPS)
 _AGAIN = 8  # times a decode shape's product runs in one program
 _SETTLE = 0.1  # seconds
-_SLOW = ("xla",)  # launched once a round
+_SLOW = ("xla",)  # its products are launched once a round
 _FEW_EXPERTS = 32
 _PEER = Path(__file__).parent / "peers" / "torch_products.py"
 
 
 def cases(ops, names, kind) -> list[dict]:
     """One for each shape, up and down, and one for its operations of the whole block, if any is named."""
-    known = shapes.TRAINING | shapes.DECODE
-    groups = {"training": shapes.TRAINING, "decode": shapes.DECODE}
     parts = [("up", OPS), ("down", OPS), ("block", block_ops.OPS)]
     out = []
-    for name, shape in known.items():
-        if not any(n == name or name in groups.get(n, ()) for n in names):
-            continue
+    for name, shape in shapes.named(names).items():
         for part, its in parts:
             chosen = [op for op in ops if op in its]
             if not chosen:
@@ -106,8 +103,11 @@ def dense(lhs, weights):
     return [rows @ weights for rows in lhs]
 
 
-def bench(case, implementations, peer=None) -> dict:
-    """(op, implementation) -> times of one call; a dense product of the same FLOPs among them. peer: a `Torch`."""
+def bench(case, implementations: Mapping[str, list[str]], peer=None) -> dict:
+    """(op, implementation) -> times of one call; a dense product of the same FLOPs among them.
+
+    implementations: of each op; peer: a `Torch`.
+    """
     one: Callable
     if case["ops"][0] in block_ops.OPS:
         one, args = block_ops.run, block_ops.operands(case)
@@ -119,12 +119,14 @@ def bench(case, implementations, peer=None) -> dict:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         jobs = {
             (op, i): pool.submit(compiled, functools.partial(one, op, i), *args)
-            for op, i in itertools.product(case["ops"], implementations)
+            for op, its in implementations.items()
+            for i in its
         }
         runs = {("dense", "jax"): functools.partial(compiled(dense, *plain), *plain)}
         runs |= {name: functools.partial(job.result(), *args) for name, job in jobs.items()}
     elsewhere = peer.products(case) if peer else {}
-    launches = {name: 1 if name[1] in _SLOW else case["launches"] for name in runs}
+    slow = {name for name in runs if name[1] in _SLOW and name[0] not in block_ops.MOVING}
+    launches = {name: 1 if name in slow else case["launches"] for name in runs}
     times = rounds(runs, launches=launches, elsewhere=elsewhere, settle=_SETTLE)
     again = {name: 1 if name in elsewhere else case["again"] for name in times}
     return {name: tuple(us / again[name] for us in found) for name, found in times.items()}
@@ -182,13 +184,15 @@ class Torch:
 
 def report(case, times, copied: float) -> dict:
     """Rates of one case: TFLOP/s by the real rows, also as a share of the dense product's; GB/s by weights of the
-    experts that have rows, and rows, also as a share of `copied`, a copy's."""
+    experts that have rows (dense: by one matrix), and rows, also as a share of `copied`, a copy's."""
     M, _, K, N = case["product"]
     touched = int(np.count_nonzero(case["sizes"]))
     one = 2.0 * M * K * N, 2.0 * (M * (K + N) + touched * K * N)
     rates = []
     for (op, name), (us, least, most) in times.items():
         flops, moved = block_ops.work(op, case) if op in block_ops.OPS else one
+        if op == "dense":
+            moved = 2.0 * (M * (K + N) + K * N)
         if op == "both":
             flops, moved = 3 * flops, 3 * moved
         rates.append(
@@ -231,49 +235,102 @@ def copy_rate() -> float:
     return 2 * x.nbytes / us / 1e3
 
 
-def timed(case) -> list[str]:
-    """What is timed where nothing is named: what is picked and, of products on a GPU, the peers of this process."""
-    M, E, K, N = case["product"]
-    own = pick(jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16))
-    if case["ops"][0] in block_ops.OPS or jax.default_backend() != "gpu":
+def timed(op: str, case, names: list[str]) -> list[str]:
+    """The implementations of `op` that are timed: `names`, or else what is picked and, of products on a GPU, the peers.
+
+    Raises ValueError, NotImplementedError as `taken`.
+    """
+    which = block_ops.taken if op in block_ops.OPS else taken
+    if names:
+        return [which(op, name, case) for name in names]
+    own = which(op, None, case)
+    if op in block_ops.OPS or jax.default_backend() != "gpu":
         return [own]
-    return list(dict.fromkeys([own, *(["xla"] if E <= _FEW_EXPERTS else []), *jax_products.present()]))
+    few = case["product"][1] <= _FEW_EXPERTS
+    return list(dict.fromkeys([own, *(["xla"] if few else []), *jax_products.present()]))
 
 
-def run(todo: list[dict], implementations: list[str], peer_python: str | None, copied: float) -> list[dict]:
-    """The reports of all cases, each shown when it is done; [] as implementations: `timed`."""
+def taken(op: str, implementation: str | None, case) -> str:
+    """`implementation`, or with None what is picked, if this machine runs the case's products with it.
+
+    Raises ValueError, NotImplementedError as `grouped_matmul`, the latter for a peer without a GPU too.
+    """
+    del op  # what runs one of a product's three runs all
+    if implementation in jax_products.present():
+        if jax.default_backend() != "gpu":
+            raise NotImplementedError(f"{implementation} needs a GPU")
+        return implementation
+    M, E, K, N = case["product"]
+    lhs, rhs = jax.ShapeDtypeStruct((M, K), jnp.bfloat16), jax.ShapeDtypeStruct((E, K, N), jnp.bfloat16)
+    return named(implementation, lhs, rhs) if implementation else pick(lhs, rhs)
+
+
+def plan(todo: list[dict], names: list[str]) -> list[tuple[dict, dict[str, list[str]]]]:
+    """Each case with the implementations of its ops, as `bench` takes them.
+
+    Raises:
+      ValueError: one of `names` doesn't run one of the ops on this machine; in one line.
+    """
+    out = []
+    for case in todo:
+        implementations = {}
+        for op in case["ops"]:
+            try:
+                implementations[op] = timed(op, case, names)
+            except (ValueError, NotImplementedError) as error:
+                raise ValueError(f"{op} of {case['name']}: {error}") from error
+        out.append((case, implementations))
+    return out
+
+
+def run(planned, peer: Torch | None, sizes: str, file: Path | None) -> None:
+    """Shows each case's report when it is done, and writes those so far: a later case may fail."""
+    copied = copy_rate()
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, copy {copied:.0f} GB/s, sizes {sizes}")
+    print("[fastest and slowest round]; then the share of the dense product's rate, or of the copy's")
     results = []
-    with Torch(peer_python) if peer_python else contextlib.nullcontext() as peer:
-        for case in todo:
-            results.append(report(case, bench(case, implementations or timed(case), peer), copied))
-            show(results[-1])
-    return results
+    for case, implementations in planned:
+        results.append(report(case, bench(case, implementations, peer), copied))
+        show(results[-1])
+        if file:
+            file.write_text(json.dumps(results))
+
+
+def writable(text: str) -> Path:
+    """An argparse type: a file that can be written, which is left as it is."""
+    file = Path(text)
+    new = not file.exists()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text} can't be written: {error.strerror}; give another file") from error
+    if new:
+        file.unlink()
+    return file
 
 
 def main() -> None:
+    known = (*IMPLEMENTATIONS, *jax_products.present())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", default="forward,dlhs,drhs")
-    parser.add_argument("--shape", default="training")
+    parser.add_argument("--op", default="forward,dlhs,drhs", type=shapes.listed("op", ("all", *_EVERY)))
+    parser.add_argument("--shape", default="training", type=shapes.listed("shape", shapes.NAMES))
     parser.add_argument("--sizes", default="dirichlet", choices=shapes.SIZES)
-    parser.add_argument("--implementation", default="")
+    parser.add_argument("--implementation", default=[], type=shapes.listed("implementation", known))
     parser.add_argument("--peer_python")
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=writable)
     flags = parser.parse_args()
-    todo = cases(flags.op.split(","), flags.shape.split(","), flags.sizes)
-    if not todo:
-        parser.error(f"no shape matches {flags.shape!r}; there are {', '.join(shapes.TRAINING | shapes.DECODE)}")
     if flags.peer_python:  # both processes hold operands: jax takes memory as it needs it
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    named = [name for name in flags.implementation.split(",") if name]
-    copied = copy_rate()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, copy {copied:.0f} GB/s, sizes {flags.sizes}")
-    print("[fastest and slowest round]; then the share of the dense product's rate, or of the copy's")
+    todo = cases(_EVERY if "all" in flags.op else flags.op, flags.shape, flags.sizes)
     try:
-        results = run(todo, named, flags.peer_python, copied)
+        planned = plan(todo, flags.implementation)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        with Torch(flags.peer_python) if flags.peer_python else contextlib.nullcontext() as peer:
+            run(planned, peer, flags.sizes, flags.json)
     except PeerError as error:
         parser.exit(1, f"error: {error}\n")
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

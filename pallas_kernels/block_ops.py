@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.combine import IMPLEMENTATIONS, combine, spread
+from pallas_kernels.combine import combine, spread
+from pallas_kernels.combine import pick as pick_moving
 from pallas_kernels.gated_ffn import gated_ffn
-from pallas_kernels.grouped_matmul import group_metadata
+from pallas_kernels.grouped_matmul import group_metadata, named, pick
 
-OPS = ("gated_ffn", "gated_ffn_both", "combine", "combine_both", "spread")  # _both: the value and all gradients
+MOVING = ("combine", "combine_both", "spread")  # rows alone, without products
+OPS = ("gated_ffn", "gated_ffn_both", *MOVING)  # _both: the value and all gradients
 
 
 def operands(case) -> tuple:
@@ -39,14 +41,13 @@ def slots(case) -> np.ndarray:
 
 
 def run(op, implementation, rows, gate, up, down, grad, sizes, metadata, slot, weight, tokens):
-    """One of OPS; implementation: grouped_matmul's name, of which combine knows some and takes xla for the rest."""
-    moving = implementation if implementation in IMPLEMENTATIONS else "xla"
+    """One of OPS; implementation: of grouped_matmul, or, for one of MOVING, of combine."""
 
     def experts(rows, gate, up, down):
         return gated_ffn(rows, gate, up, down, sizes, metadata=metadata, implementation=implementation)
 
     def tokens_of(rows, weight):
-        return combine(rows, slot, weight, implementation=moving)
+        return combine(rows, slot, weight, implementation=implementation)
 
     match op:
         case "gated_ffn":
@@ -60,7 +61,26 @@ def run(op, implementation, rows, gate, up, down, grad, sizes, metadata, slot, w
             out, pull = jax.vjp(tokens_of, rows, weight)
             return out, *pull(tokens)
         case "spread":
-            return spread(tokens, slot, rows.shape[0], implementation=moving)
+            return spread(tokens, slot, rows.shape[0], implementation=implementation)
+
+
+def taken(op, implementation: str | None, case) -> str:
+    """`implementation`, or with None what is picked, if this machine runs the case's op with it.
+
+    Raises ValueError, NotImplementedError as `gated_ffn` and `combine`.
+    """
+    (M, E, D, wide), choices = case["product"], case["tokens"]
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    rows = shape((M, D))
+    if op in MOVING:
+        name = implementation or pick_moving(rows)
+        moving = functools.partial(combine, weight=None, implementation=name)
+        jax.eval_shape(moving, rows, shape(choices, dtype=jnp.int32))
+        return name
+    F = wide // 3
+    name = implementation or pick(rows, shape((E, D, F)))
+    named(name, rows, shape((E, D, F)))
+    return named(name, shape((M, F)), shape((E, F, D)))
 
 
 def work(op, case) -> tuple[float, float]:

@@ -1,6 +1,8 @@
 """The named shapes that benchmarks and tests share, and the ways rows fall on experts."""
 
+import argparse
 import dataclasses
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -48,11 +50,38 @@ DECODE = {
     for T in (1, 8, 64, 256)
 }
 
+NAMED = TRAINING | DECODE
+_GROUPS = {"training": TRAINING, "decode": DECODE}
+NAMES = (*_GROUPS, *NAMED)  # what `named` takes
+
+
+def named(names: Iterable[str]) -> dict[str, Shape]:
+    """Those of NAMED that `names` hold, "training" and "decode" for all of their kind."""
+    wanted = {each for name in names for each in _GROUPS.get(name, (name,))}
+    return {name: shape for name, shape in NAMED.items() if name in wanted}
+
+
+def listed(what: str, known: Collection[str]) -> Callable[[str], list[str]]:
+    """An argparse type: names of `known`, with commas between; an unknown one is an error of one line."""
+
+    def parse(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"no {what} {name!r}; there are {', '.join(known)}")
+        return names
+
+    return parse
+
+
 SIZES = ("uniform", "dirichlet", "zipf", "one_hot", "quarter_empty")
 
 
 def group_sizes(kind: str, M: int, E: int, seed: int = 0) -> np.ndarray:
-    """Sizes (E,) i32 that sum to M: equal, Dirichlet(4), Zipf(1.2) in random order, all in one, every fourth empty."""
+    """Sizes (E,) i32 that sum to M: equal, Dirichlet(4), Zipf(1.2) in random order, all in one, every fourth empty.
+
+    Each is within one row of its share. Few rows (M < 8 E) of Dirichlet(4) are drawn instead: independent tokens.
+    """
     rng = np.random.default_rng(seed)
     weights = {
         "uniform": lambda: np.ones(E),
@@ -61,9 +90,11 @@ def group_sizes(kind: str, M: int, E: int, seed: int = 0) -> np.ndarray:
         "one_hot": lambda: np.eye(E)[E // 2],
         "quarter_empty": lambda: (np.arange(E) % 4 != 1).astype(float),
     }[kind]()
-    sizes = np.floor(weights / weights.sum() * M).astype(np.int32)
-    if M < 8 * E and kind == "dirichlet":  # few rows: draw them, since rounding down would leave them all to one
-        sizes = rng.multinomial(M, weights / weights.sum()).astype(np.int32)
-    rest = M - sizes.sum()
-    sizes[np.argmax(sizes)] += rest
+    if M < 8 * E and kind == "dirichlet":
+        return rng.multinomial(M, weights / weights.sum()).astype(np.int32)
+    shares = M * weights / weights.sum()
+    sizes = np.floor(shares).astype(np.int32)
+    # fewer rows are left than there are shares with a fraction: none falls on an empty group
+    largest = np.argsort(sizes - shares, kind="stable")[: M - sizes.sum()]
+    sizes[largest] += 1
     return sizes

@@ -1,8 +1,12 @@
 """How many bytes a Pallas TPU kernel moves between memory and the chip, from its own grid and index maps.
 
-python -m pallas_kernels.traffic   prints them for the named shapes and sizes (uniform, Dirichlet, Zipf, …).
+    python -m pallas_kernels.traffic [--shape training,decode|olmoe-1b-7b,…]
+
+Prints, for VMEM of 64 and 128 MiB, each named product's bytes as a multiple of the least, a column for each way that
+rows fall on experts: uniform, Dirichlet, Zipf, all on one, a quarter empty. All shapes take minutes.
 """
 
+import argparse
 import functools
 import itertools
 
@@ -12,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.grouped_matmul import group_metadata, tpu_blocks
-from pallas_kernels.shapes import DECODE, SIZES, TRAINING, group_sizes
+from pallas_kernels.shapes import NAMES, SIZES, group_sizes, listed, named
 
-NAMED = TRAINING | DECODE
 _row_visits = jax.jit(tpu_blocks.row_visits, static_argnums=(1, 2), static_argnames="gradient")
 _metadata = jax.jit(group_metadata, static_argnums=1)
 _forward_specs, _drhs_specs = functools.cache(tpu_blocks.forward_specs), functools.cache(tpu_blocks.drhs_specs)
@@ -78,8 +81,10 @@ def grouped_matmul_bytes(op: str, M: int, K: int, N: int, sizes, vmem: int, tili
 
 
 def main() -> None:
-    """Prints, for VMEM of 64 and 128 MiB, each named product's bytes as a multiple of the least."""
-    for mib, (name, shape), part in itertools.product((64, 128), NAMED.items(), ("up", "down")):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="training,decode", type=listed("shape", NAMES))
+    flags = parser.parse_args()
+    for mib, (name, shape), part in itertools.product((64, 128), named(flags.shape).items(), ("up", "down")):
         M, E, K, N = shape.product(part)
         for op in ("forward", "dlhs", "drhs"):
             ratios = []

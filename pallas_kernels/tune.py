@@ -4,7 +4,8 @@
 
 Prints, per product, each candidate's microseconds and the kept tiling's time over it; then, per bucket, the geometric
 means of those ratios. --write puts a bucket's best into the file in place of the kept one where it wins by more than
-3%, which two runs may differ by. A candidate that needs more shared memory than there is is left out.
+3%, which two runs may differ by. A candidate that needs more shared memory than there is is left out. It needs a
+Hopper GPU.
 """
 
 import argparse
@@ -15,11 +16,10 @@ import functools
 import itertools
 import json
 import math
-from pathlib import Path
 
 import jax
 
-from pallas_kernels import benchmark
+from pallas_kernels import benchmark, shapes
 from pallas_kernels.grouped_matmul import mosaic_gpu, schedule, tilings
 from pallas_kernels.grouped_matmul.hopper import COLUMNS, STEP, Tiling
 from pallas_kernels.timing import rounds
@@ -102,23 +102,20 @@ def show(t: Tiling) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", default="forward,drhs")
-    parser.add_argument("--shape", default="training,decode")
+    parser.add_argument("--op", default="forward,drhs", type=shapes.listed("tuned op", tilings.BUCKETS))
+    parser.add_argument("--shape", default="training,decode", type=shapes.listed("shape", shapes.NAMES))
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=benchmark.writable)
     flags = parser.parse_args()
-    ops, names, chip = flags.op.split(","), flags.shape.split(","), jax.devices()[0].device_kind
-    for op in ops:
-        if op not in tilings.BUCKETS:
-            parser.error(f"no op {op!r} to tune; there are {', '.join(tilings.BUCKETS)}")
-    if not benchmark.cases(ops, names, "dirichlet"):
-        parser.error(f"no shape matches {flags.shape!r}")
-    rows, chosen = run(ops, names, chip)
+    chip = jax.devices()[0].device_kind
+    if not mosaic_gpu._hopper():
+        parser.exit(1, f"error: this machine's device is {chip!r}; tuning needs a Hopper GPU: run it where one is\n")
+    rows, chosen = run(flags.op, flags.shape, chip)
     if flags.write:
         tilings.write(chip, f"{datetime.date.today()}, jax {jax.__version__}", chosen)
         print(f"wrote {tilings.FILE}")
     if flags.json:
-        Path(flags.json).write_text(json.dumps(rows))
+        flags.json.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

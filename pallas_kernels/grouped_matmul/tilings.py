@@ -44,9 +44,15 @@ def table(chip: str) -> dict[str, dict[str, Tiling]]:
 
 
 def write(chip: str, measured: str, kept: dict[str, dict[str, Tiling]]) -> None:
-    """Puts op -> bucket -> tiling into the file, in place of what it says of those for this chip."""
+    """Puts op -> bucket -> tiling into the file, in place of what it says of those for this chip.
+
+    A chip that has no entries yet gets the others from the measured one, and each says so.
+    """
     known = json.loads(FILE.read_text())
-    found = known.get(chip, known[_MEASURED])
+    found = known.get(chip) or {
+        op: {n: e | {"measured": f"of an {_MEASURED}, {e['measured']}"} for n, e in entries.items()}
+        for op, entries in known[_MEASURED].items()
+    }
     for op, tilings in kept.items():
         fields = {n: {"stages": t.stages, "pieces": t.pieces, "measured": measured} for n, t in tilings.items()}
         found = found | {op: found[op] | fields}

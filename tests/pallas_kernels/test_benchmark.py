@@ -1,5 +1,6 @@
-"""The named shapes and the benchmark's arithmetic."""
+"""The named shapes, the benchmark's arithmetic and the command lines of benchmark and traffic."""
 
+import json
 import sys
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import benchmark, block_ops, shapes
+from pallas_kernels import benchmark, block_ops, shapes, traffic
 from pallas_kernels.timing import rounds
 
 
@@ -22,10 +23,8 @@ def test_products_by_hand():
 
 
 @pytest.mark.parametrize("kind", shapes.SIZES)
-@pytest.mark.parametrize("M, E", [(16384, 32), (16, 8), (2, 8), (1, 1)])
+@pytest.mark.parametrize("M, E", [(16384, 32), (64, 128), (16, 8), (2, 8), (0, 8), (7, 1)])
 def test_sizes_sum_to_the_rows(kind, M, E):
-    if kind == "quarter_empty" and E == 1:
-        return
     sizes = shapes.group_sizes(kind, M, E)
     assert sizes.shape == (E,)
     assert sizes.dtype == np.int32
@@ -34,12 +33,32 @@ def test_sizes_sum_to_the_rows(kind, M, E):
     assert (sizes == shapes.group_sizes(kind, M, E)).all()
 
 
+@pytest.mark.parametrize("M, E", [(1000, 8), (16384, 384), (100, 48), (64, 128), (2, 8)])
+def test_sizes_are_what_their_kind_says(M, E):
+    """Few rows included: none is left over for one group to take."""
+    sizes = {kind: shapes.group_sizes(kind, M, E) for kind in shapes.SIZES}
+    assert np.ptp(sizes["uniform"]) <= 1
+    assert list(np.sort(sizes["one_hot"])) == [0] * (E - 1) + [M]
+    empty = np.arange(E) % 4 == 1
+    assert not sizes["quarter_empty"][empty].any()
+    assert np.ptp(sizes["quarter_empty"][~empty]) <= 1
+    ranked = 1 / np.arange(1, E + 1) ** 1.2
+    assert (np.abs(np.sort(sizes["zipf"])[::-1] - M * ranked / ranked.sum()) < 1).all()
+    share = M * np.random.default_rng(0).dirichlet(np.full(E, 4.0))
+    # few rows are drawn: five standard deviations and the one row that has no half
+    near = 1 if M >= 8 * E else 1 + 5 * np.sqrt(share)
+    assert (np.abs(sizes["dirichlet"] - share) < near).all()
+
+
 def test_sizes_have_their_shape():
     assert set(shapes.group_sizes("uniform", 64, 8)) == {8}
     assert np.count_nonzero(shapes.group_sizes("one_hot", 64, 8)) == 1
     assert list(np.flatnonzero(shapes.group_sizes("quarter_empty", 64, 8) == 0)) == [1, 5]
-    # Zipf(1.2) over 8: the largest has 1 / Σ i^-1.2 = 1 / 2.333 of the rows, and what rounding leaves
-    assert shapes.group_sizes("zipf", 1000, 8).max() == pytest.approx(1000 / 2.333, abs=8)
+    # 55 = 6 · 9 + 1, whose one goes to the first group; three rows go to the first three
+    assert list(shapes.group_sizes("quarter_empty", 55, 8)) == [10, 0, 9, 9, 9, 0, 9, 9]
+    assert list(shapes.group_sizes("uniform", 3, 8)) == [1, 1, 1, 0, 0, 0, 0, 0]
+    # Zipf(1.2) over 8: the largest has 1 / Σ i^-1.2 = 1 / 2.333 of the rows
+    assert shapes.group_sizes("zipf", 1000, 8).max() == pytest.approx(1000 / 2.333, abs=1)
 
 
 def test_cases_by_name():
@@ -66,14 +85,30 @@ def test_report_by_hand():
     assert result["rates"][2]["of_dense"] == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("ops", [["forward"], ["gated_ffn"]])
+def test_the_dense_product_reads_one_matrix(ops):
+    """However many experts have rows: 2 · (192 · (64 + 96) + 64 · 96) = 73728 bytes; a block's gate, up and down, each
+    64 × 32, are the one matrix of 96 columns."""
+    case = {"name": "x", "ops": ops, "product": (192, 2, 64, 96), "tokens": (96, 2), "sizes": [100, 92], "launches": 1}
+    result = benchmark.report(case, {("dense", "jax"): (1.0,) * 3, (ops[0], "blocks"): (1.0,) * 3}, 1.0)
+    dense, ours = result["rates"]
+    assert dense["gbs"] == pytest.approx(73.728)
+    assert dense["tflops"] == ours["tflops"] == pytest.approx(2 * 192 * 64 * 96 / 1e6)
+    # two experts' weights; a block has rows of 64 columns in and out
+    assert ours["gbs"] * 1e3 == pytest.approx(2 * (192 * (160 if ops == ["forward"] else 128) + 2 * 64 * 96))
+
+
 def test_a_peer_of_this_process_is_timed_beside_ours(monkeypatch):
     monkeypatch.setattr(benchmark.jax_products, "present", lambda: {"theirs": jax.lax.ragged_dot})
     case = {"name": "x", "ops": ["forward", "both"], "product": (8, 2, 8, 8), "sizes": [5, 3]}
     case |= {"launches": 2, "again": 1}
-    times = benchmark.bench(case, ["blocks", "xla", "theirs"])
+    times = benchmark.bench(case, {op: ["blocks", "xla", "theirs"] for op in case["ops"]})
     assert set(times) == {("dense", "jax"), *((op, i) for op in case["ops"] for i in ("blocks", "xla", "theirs"))}
+    with pytest.raises(NotImplementedError, match="theirs needs a GPU"):
+        benchmark.timed("forward", case, ["theirs"])
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert benchmark.timed(case)[1:] == ["xla", "theirs"]
+    assert benchmark.timed("forward", case, [])[1:] == ["xla", "theirs"]
+    assert benchmark.timed("forward", case, ["theirs"]) == ["theirs"]
 
 
 @pytest.mark.parametrize(
@@ -82,8 +117,10 @@ def test_a_peer_of_this_process_is_timed_beside_ours(monkeypatch):
 def test_bench_runs_every_op(ops, product, again):
     M = product[0]
     case = {"name": "x", "ops": list(ops), "product": product, "sizes": [M - 6, 6], "launches": 1, "again": again}
-    times = benchmark.bench(case | {"tokens": (16, 2)}, ["blocks"])
-    assert set(times) == {("dense", "jax"), *((op, "blocks") for op in ops)}
+    ((case, implementations),) = benchmark.plan([case | {"tokens": (16, 2)}], [])
+    times = benchmark.bench(case, implementations)
+    names = {op: "xla" if op in block_ops.MOVING else "blocks" for op in ops}  # what runs on a CPU
+    assert set(times) == {("dense", "jax"), *names.items()}
     assert all(0 < least <= us <= most for us, least, most in times.values())
 
 
@@ -120,11 +157,82 @@ def test_work_by_hand():
     assert block_ops.work("combine_both", case) == (0, 3 * rows + 2 * tokens)
 
 
-def test_an_unknown_shape_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--shape", "olmo"])
+def last_line(module, monkeypatch, capsys, *flags) -> str:
+    """Of what the command line says before it ends."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *flags])
     with pytest.raises(SystemExit):
-        benchmark.main()
-    assert "no shape matches 'olmo'; there are mixtral-8x7b" in capsys.readouterr().err
+        module.main()
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--op=forward,dhls"], "--op: no op 'dhls'; there are all, forward, dlhs, drhs, both, gated_ffn,"),
+        (["--shape=olmoe-1b-7b,olmo"], "--shape: no shape 'olmo'; there are training, decode, mixtral-8x7b,"),
+        (["--implementation=xla,nonsense"], "no implementation 'nonsense'; there are reference, blocks, xla, mosaic"),
+        (["--implementation=nonsense"], "mosaic_tpu, theirs"),
+        (["--op=drhs", "--implementation=mosaic_gpu"], "drhs of mixtral-8x7b/up: grouped_matmul: mosaic_gpu can't"),
+        (["--op=gated_ffn_both", "--implementation=mosaic_gpu"], "it needs a Hopper GPU; implementation='blocks'"),
+        (["--op=spread", "--implementation=mosaic_gpu"], "it needs a Hopper GPU; implementation='xla'"),
+        (["--op=forward,combine", "--implementation=blocks"], "combine of mixtral-8x7b/block: combine: unknown impl"),
+        (["--op=gated_ffn", "--implementation=theirs"], "unknown implementation 'theirs'; there are reference,"),
+        (["--implementation=theirs"], "forward of mixtral-8x7b/up: theirs needs a GPU"),
+        (["--json=/no/folder/x.json"], "--json: /no/folder/x.json can't be written: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_timed_is_said_at_once(flags, line, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "copy_rate", lambda: pytest.fail("the timing has begun"))
+    monkeypatch.setattr(benchmark.jax_products, "present", lambda: {"theirs": jax.lax.ragged_dot})
+    assert line in last_line(benchmark, monkeypatch, capsys, *flags)
+
+
+def test_all_means_every_op(monkeypatch):
+    planned = []
+    monkeypatch.setattr(benchmark, "run", lambda cases, *_: planned.extend(cases))
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--op=all", "--shape=switch-base"])
+    benchmark.main()
+    assert [case["ops"] for case, _ in planned] == [list(benchmark.OPS)] * 2 + [list(block_ops.OPS)]
+    assert all(list(implementations) == case["ops"] for case, implementations in planned)
+
+
+def test_what_is_measured_before_an_end_is_kept(monkeypatch, capsys, tmp_path):
+    def bench(case, implementations, peer):
+        if case["name"].endswith("/down"):
+            raise benchmark.PeerError("torch's process stopped: killed")
+        return {("dense", "jax"): (1.0,) * 3, ("forward", "blocks"): (2.0,) * 3}
+
+    monkeypatch.setattr(benchmark, "bench", bench)
+    monkeypatch.setattr(benchmark, "copy_rate", lambda: 1.0)
+    file = tmp_path / "times.json"
+    flags = ["--shape=switch-base", "--op=forward", f"--json={file}"]
+    assert last_line(benchmark, monkeypatch, capsys, *flags) == "error: torch's process stopped: killed"
+    (result,) = json.loads(file.read_text())
+    assert (result["name"], [rate["us"] for rate in result["rates"]]) == ("switch-base/up", [1.0, 2.0])
+
+
+def test_a_file_that_can_be_written_is_left_as_it_is(tmp_path):
+    file = tmp_path / "times.json"
+    assert benchmark.writable(str(file)) == file
+    assert not file.exists()
+    file.write_text("[]")
+    assert benchmark.writable(str(file)).read_text() == "[]"
+
+
+def test_traffic_takes_shapes(monkeypatch, capsys):
+    assert "no shape 'olmo'; there are training," in last_line(traffic, monkeypatch, capsys, "--shape=olmo")
+    monkeypatch.setattr(traffic, "grouped_matmul_bytes", lambda *_: pytest.fail("the computation has begun"))
+    monkeypatch.setattr(sys, "argv", ["traffic", "--help"])
+    with pytest.raises(SystemExit):
+        traffic.main()
+    assert "--shape" in capsys.readouterr().out
+    monkeypatch.setattr(traffic, "grouped_matmul_bytes", lambda op, M, K, N, sizes, vmem: 100 * M)
+    monkeypatch.setattr(traffic, "least_bytes", lambda op, sizes, M, K, N: 80 * M)
+    monkeypatch.setattr(sys, "argv", ["traffic", "--shape=switch-base,olmoe-1b-7b-decode-8"])
+    traffic.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * 2 * 2 * 3  # sizes of VMEM, shapes, up and down, products
+    assert lines[0] == "64 MiB switch-base up forward: " + " ".join(["1.250"] * len(shapes.SIZES))
 
 
 PEER = """
@@ -141,7 +249,7 @@ def test_a_peer_takes_its_turns_and_is_reported_where_it_stops(tmp_path, monkeyp
     monkeypatch.setattr(benchmark, "_PEER", tmp_path / "peer.py")
     case = {"name": "x", "ops": ["forward"], "product": (8, 1, 8, 8), "sizes": [8], "launches": 3, "again": 1}
     with benchmark.Torch(sys.executable) as peer:
-        times = benchmark.bench(case, ["blocks"], peer)
+        times = benchmark.bench(case, {"forward": ["blocks"]}, peer)
     assert set(times) == {("dense", "jax"), ("forward", "blocks"), ("dense", "torch"), ("forward", "torch")}
     assert times["forward", "torch"] == times["dense", "torch"] == (6.0, 6.0, 6.0)
     (tmp_path / "peer.py").write_text("import sys; sys.exit('no such module')")
@@ -150,11 +258,9 @@ def test_a_peer_takes_its_turns_and_is_reported_where_it_stops(tmp_path, monkeyp
 
 
 def test_an_interpreter_that_is_not_there_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--shape=switch-base", "--op=forward", "--peer_python=/no/python"])
-    monkeypatch.setattr(benchmark, "copy_rate", lambda: 1.0)
-    with pytest.raises(SystemExit):
-        benchmark.main()
-    assert "error: --peer_python=/no/python can't be run: No such file" in capsys.readouterr().err
+    monkeypatch.setattr(benchmark, "copy_rate", lambda: pytest.fail("the timing has begun"))
+    line = last_line(benchmark, monkeypatch, capsys, "--shape=switch-base", "--op=forward", "--peer_python=/no/python")
+    assert line.startswith("error: --peer_python=/no/python can't be run: No such file")
 
 
 def test_a_step_that_donates_its_state_can_be_timed():

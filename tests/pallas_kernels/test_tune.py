@@ -54,8 +54,19 @@ def test_a_chip_without_figures_takes_the_measured_ones(own_file):
     assert tilings.table("NVIDIA H100 80GB HBM3")["drhs"]["short sums"] == Tiling(4, 2)
     assert tilings.table("NVIDIA H100 80GB HBM3")["drhs"]["long sums"] == kept("drhs", "long sums")
     assert kept("drhs", "short sums") != Tiling(4, 2)
-    written = json.loads(own_file.read_text())["NVIDIA H100 80GB HBM3"]["drhs"]
-    assert [written[bucket]["measured"] == "today" for bucket in ("short sums", "long sums")] == [True, False]
+
+
+def test_what_a_chip_takes_from_another_says_so(own_file):
+    theirs = json.loads(own_file.read_text())["NVIDIA H200"]
+    for _ in range(2):  # the second finds the chip's own entries
+        tilings.write("NVIDIA H100 80GB HBM3", "today", {"drhs": {"short sums": Tiling(4, 2)}})
+    written = json.loads(own_file.read_text())
+    assert written["NVIDIA H200"] == theirs
+    for op, buckets in tilings.BUCKETS.items():
+        for bucket in buckets:
+            measured = written["NVIDIA H100 80GB HBM3"][op][bucket]["measured"]
+            taken = f"of an NVIDIA H200, {theirs[op][bucket]['measured']}"
+            assert measured == ("today" if (op, bucket) == ("drhs", "short sums") else taken)
 
 
 def test_summary_by_hand():
@@ -70,7 +81,8 @@ def test_summary_by_hand():
 def test_prints_the_best_first_and_writes_it(monkeypatch, capsys, tmp_path, own_file):
     times = {t: 10.0 + t.stages for t in tune.candidates()}
     monkeypatch.setattr(tune, "tune", lambda case, op: times)
-    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"device_kind": "NVIDIA H200"})])
+    device = {"device_kind": "NVIDIA H200", "platform": "gpu", "compute_capability": "9.0"}
+    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), device)])
     file = tmp_path / "tuned.json"
     argv = ["tune", "--op", "drhs", "--shape", "switch-base", "--write", "--json", str(file)]
     monkeypatch.setattr(sys, "argv", argv)
@@ -84,11 +96,21 @@ def test_prints_the_best_first_and_writes_it(monkeypatch, capsys, tmp_path, own_
     assert file.stat().st_size > 100
 
 
-def test_unknown_op(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tune", "--op", "dlhs"])
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--op=forward,dlhs"], "no tuned op 'dlhs'; there are forward, drhs"),
+        (["--shape=switch-base,olmo"], "no shape 'olmo'; there are training, decode, mixtral-8x7b,"),
+        (["--json=/no/folder/x.json"], "/no/folder/x.json can't be written"),
+        ([], "error: this machine's device is 'cpu'; tuning needs a Hopper GPU: run it where one is"),
+    ],
+)
+def test_what_cannot_be_tuned_is_said_in_a_line(flags, line, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), {"device_kind": "cpu", "platform": "cpu"})])
+    monkeypatch.setattr(sys, "argv", ["tune", *flags])
     with pytest.raises(SystemExit):
         tune.main()
-    assert "no op 'dlhs' to tune; there are forward, drhs" in capsys.readouterr().err
+    assert line in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_products_are_the_kernels(monkeypatch):
