@@ -183,6 +183,17 @@ def test_inside_shard_map(implementation):
     assert_same(run(lhs, rhs, grad), want)
 
 
+@pytest.mark.parametrize("implementation", ("reference", "blocks"))
+def test_vmap_is_a_loop(implementation):
+    """Over rows, weights and sizes: values and gradients."""
+    batches = [operands(8, 2, 3, 4, seed=seed) for seed in range(3)]
+    sizes = jnp.array([[3, 5], [0, 6], [8, 0]], jnp.int32)
+    run = functools.partial(value_and_grads, implementation=implementation)
+    got = jax.vmap(run)(*(jnp.stack(arrays) for arrays in zip(*batches, strict=True)), sizes)
+    for i, batch in enumerate(batches):
+        assert_same([array[i] for array in got], run(*batch, sizes[i]))
+
+
 def test_inside_scan_and_remat():
     lhs, rhs, grad = operands(40, 2, 6, 6)
     sizes = jnp.array([7, 30], jnp.int32)
