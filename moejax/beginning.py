@@ -1,15 +1,19 @@
 """Where a training run begins: at its newest checkpoint, or anew, with another run's parameters if it asks for them."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from moejax import checkpoint, data, memory
+from moejax import checkpoint, data, errors, memory
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.models.lm import LM
@@ -17,6 +21,28 @@ from moejax.train_step import TrainState, create, init, state_shardings
 
 _log = logging.getLogger(__name__)
 TREES = ("params", "router_state", "opt_state", "load")  # of a TrainState, in a checkpoint
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Holds the run's folder, which is made; UserError where another process trains there, whose checkpoints and lines
+    would be mixed with ours. File systems that know no locks hold nobody off. A folder that stays empty goes again."""
+    with errors.writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise UserError(f"--workdir={workdir}: another process trains there; wait for it, or give another") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)  # and so lets it go
+        with contextlib.suppress(OSError):  # it holds something
+            workdir.rmdir()
 
 
 def begin(workdir: Path, config: Config, model, tx, mesh, shardings: TrainState, corpus: data.Corpus) -> TrainState:

@@ -5,6 +5,7 @@ Each check raises one line that says what was given, what is needed and what to 
 
 import inspect
 import math
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -89,14 +90,11 @@ def check_moe(moe: MoEConfig, mesh: MeshConfig | None = None) -> None:
     if mesh is not None and mesh.expert > 1 and moe.num_experts % mesh.expert:
         raise UserError(
             f"config.model.moe.num_experts={moe.num_experts} can't be shared evenly by mesh.expert={mesh.expert} "
-            "devices; make one a multiple of the other"
+            "devices; make num_experts a multiple of mesh.expert"
         )
     router = dotted.resolve(moe.router)
     _check_router(moe, router)
-    decision = abstract_decision(moe)  # where the router refuses E, K or its options, it says so here
-    if not isinstance(decision, ExpertChoice | Routing):
-        kind = type(decision).__name__
-        raise UserError(f"router {moe.router} returns a {kind}: it must return a Routing or an ExpertChoice")
+    decision = _decision(moe, router)
     if isinstance(decision, ExpertChoice):
         if moe.exchange not in (None, "gather"):
             raise UserError(
@@ -125,6 +123,42 @@ def _refuse(moe: MoEConfig, why: str, capacity_hint: str, *names: str) -> None:
             raise UserError(
                 f"config.model.moe.{name}={value} does nothing with {moe.router}, where {why}: leave it out{hint}"
             )
+
+
+def _decision(moe: MoEConfig, router: Callable) -> Routing | ExpertChoice:
+    """What the router returns, as shapes; UserError where it refuses E, K or its options, fails, or returns what no
+    layer can take."""
+    try:
+        decision = abstract_decision(moe)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"router {moe.router} fails{_place(router, error)}: {type(error).__name__}: {reason}; it is called as "
+            "router(logits, experts_per_token=K) with those of tokens, mask, bias, noise_logits and key (None outside "
+            "training) that it names"
+        ) from error
+    if not isinstance(decision, ExpertChoice | Routing):
+        kind = type(decision).__name__
+        raise UserError(f"router {moe.router} returns a {kind}: it must return a Routing or an ExpertChoice")
+    if isinstance(decision, Routing):
+        T, K, E = decision.scores.shape[1], moe.experts_per_token, moe.num_experts
+        for field, letters in (("experts", "TK"), ("weights", "TK"), ("keep", "TK"), ("scores", "TE")):
+            found, wanted = getattr(decision, field).shape[1:], (T, E if letters == "TE" else K)
+            if found != wanted:
+                raise UserError(
+                    f"router {moe.router} returns {field} of shape {found} for T={T}, K={K} and E={E}: it must be "
+                    f"({letters[0]}, {letters[1]})"
+                )
+    return decision
+
+
+def _place(router: Callable, error: Exception) -> str:
+    """The line of the router's own file in which it failed, if it was there."""
+    file = inspect.getsourcefile(inspect.unwrap(router))
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f" ({file}:{lines[-1]})" if lines else ""
 
 
 def _check_router(moe: MoEConfig, router: Callable[..., Any]) -> None:

@@ -42,11 +42,17 @@ def tokenizer_beside(workdir: str | os.PathLike[str]) -> Path | None:
     return path if path.is_file() else None
 
 
-def keep_beside(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str]) -> None:
-    """Copies the tokenizer's files to the new run, whose checkpoints generate and export with them."""
+def keep_beside(init_from: str | os.PathLike[str], workdir: str | os.PathLike[str], tokenizer: str | None) -> None:
+    """Puts the tokenizer's files beside the new run, whose checkpoints generate and export with them: those that came
+    with the import, with `tokenizer`, the text of the tokenizer.json that the run trains with, if it has one."""
     source, target = Path(init_from) / "tokenizer", Path(workdir) / "tokenizer"
-    if source.is_dir() and not target.exists():
+    if target.exists():
+        return
+    if source.is_dir():
         shutil.copytree(source, target)
+    if tokenizer is not None:
+        target.mkdir(exist_ok=True)
+        (target / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
 
 
 def model(

@@ -59,6 +59,22 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
     """
     began, workdir = time.perf_counter(), Path(workdir)
     config, corpus, mesh, family = prepared(config, workdir, progress)
+    with beginning.alone(workdir) if jax.process_index() == 0 else contextlib.nullcontext():
+        return _run(config, workdir, corpus, mesh, family, stop_at=stop_at, progress=progress, began=began)
+
+
+def _run(
+    config: Config,
+    workdir: Path,
+    corpus: data.Corpus,
+    mesh: Mesh,
+    family: dict | None,
+    *,
+    stop_at: int | None,
+    progress: bool,
+    began: float,
+) -> dict[str, Any]:
+    """`run`, of what `prepared` gave, in a folder that is its own; began: when, by time.perf_counter."""
     model: nn.Module = LM(config.model) if family is None else published.model(family, config, corpus.vocab_size)
     tx = optimizer.make(config.optimizer)
     with implementations_named(config):
@@ -76,7 +92,7 @@ def run(config: Config, workdir: str | Path, *, stop_at: int | None = None, prog
         flops_per_token=None if sizes is None else 6 * sizes.active_without_embedding,
     )
     if family is not None and jax.process_index() == 0:
-        published.keep_beside(config.train.init_from or "", workdir)
+        published.keep_beside(config.train.init_from or "", workdir, corpus.tokenizer.text)
     saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints, start=start)
     interrupt = interrupts.Interrupts(tell=progress)
     with jax.set_mesh(mesh), writer, saver, interrupt:

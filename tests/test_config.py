@@ -261,6 +261,15 @@ OWN_ROUTER = textwrap.dedent("""
 
     def decides_nothing(logits, *, experts_per_token):
         return logits, experts_per_token
+
+    def no_experts_per_token(logits, *, mask):
+        return routing.top_k(logits, experts_per_token=2, mask=mask)
+
+    def misspelt(logits, *, experts_per_token, mask):
+        return routing.top_q(logits, experts_per_token=experts_per_token, mask=mask)
+
+    def one_more(logits, *, experts_per_token, mask):
+        return routing.top_k(logits, experts_per_token=experts_per_token + 1, mask=mask)
 """)
 
 
@@ -296,6 +305,21 @@ def test_a_router_that_learns_nothing_refuses_what_would_do_nothing(router):
 def test_a_function_that_is_no_router_is_refused(own_router):
     with pytest.raises(UserError, match="returns a tuple: it must return a Routing or an ExpertChoice"):
         from_config_dict({"model": {"moe": {**MOE, "router": f"{own_router}:decides_nothing"}}})
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("no_experts_per_token", r"fails: TypeError: .*argument 'experts_per_token'; it is called as router\("),
+        ("misspelt", r"misspelt fails \(.*mine.py:15\): AttributeError: .* no attribute 'top_q'"),
+        ("one_more", r"returns experts of shape \(16, 4\) for T=16, K=3 and E=8: it must be \(T, K\)"),
+    ],
+)
+def test_a_routers_own_mistake_is_one_line(own_router, name, words):
+    moe = {**MOE, "router": f"{own_router}:{name}", "num_experts": 8, "experts_per_token": 3}
+    with pytest.raises(UserError, match=words) as error:
+        from_config_dict({"model": {"moe": moe}})
+    assert "\n" not in str(error.value)
 
 
 def test_configs_hash_although_options_are_a_dict():

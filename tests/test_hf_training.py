@@ -124,6 +124,11 @@ def test_what_a_run_may_ask_of_an_import(imported, tmp_path):
     (imported / "tokenizer").mkdir(exist_ok=True)
     (imported / "tokenizer" / "tokenizer.json").write_text("{}")
     assert published.with_tokenizer(config).data.tokenizer == str(imported / "tokenizer" / "tokenizer.json")
-    published.keep_beside(imported, tmp_path / "run")
-    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
+    published.keep_beside(imported, tmp_path / "run", None)
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    published.keep_beside(tmp_path / "none", tmp_path / "run", "another")  # what is there stays
+    assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    (tmp_path / "other").mkdir()
+    published.keep_beside(tmp_path / "none", tmp_path / "other", "its own")
+    assert (tmp_path / "other" / "tokenizer" / "tokenizer.json").read_text() == "its own"
     shutil.rmtree(imported / "tokenizer")

@@ -500,3 +500,14 @@ def test_a_run_that_ends_inside_an_evaluation_makes_it_up(place, tmp_path, monke
             go(config(place), workdir)
     go(config(place), workdir)
     assert_same_run(workdir, undisturbed(place, "dense"))
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
+    """The other one's lock is that of another open file; when it is let go the folder is free."""
+    refused = pytest.raises(UserError, match="another process trains there; wait for it, or give another")
+    with beginning.alone(tmp_path / "run"), refused, beginning.alone(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run").exists()
+    with beginning.alone(tmp_path / "run"):
+        (tmp_path / "run" / "config.json").touch()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]

@@ -31,7 +31,7 @@ def combine(rows: jax.Array, slot: jax.Array, weight: jax.Array | None, *, imple
 
     Raises ValueError for shapes or dtypes that don't fit, NotImplementedError where the named implementation can't run.
     """
-    rows, slot = jnp.asarray(rows), jnp.asarray(slot)
+    rows, slot, weight = jnp.asarray(rows), jnp.asarray(slot), None if weight is None else jnp.asarray(weight)
     _check("combine", rows, slot)
     if weight is not None and (weight.shape != rows.shape[:1] or weight.dtype != jnp.float32):
         raise ValueError(f"combine: weight must be float32 ({rows.shape[0]},); got {weight.dtype}{list(weight.shape)}")
@@ -63,7 +63,7 @@ _combine.defvjp(_combine_forward, _combine_backward)
 
 
 def spread(x: jax.Array, slot: jax.Array, num_rows: int, *, implementation=None) -> jax.Array:
-    """x (T, D), slot (T, K) i32 -> (R, D), R = num_rows: row slot[t, k] is x[t], which is read once for its K rows.
+    """x (T, D), slot (T, K) i32 -> (R, D), R = num_rows, static: row slot[t, k] is x[t], read once for its K rows.
 
     Rows in no slot are undefined: "mosaic_gpu" leaves them as the memory was. Differentiable in x (a `combine` without
     weights). Arguments and errors as `combine`'s.

@@ -48,6 +48,7 @@ def gated_ffn(
     """
     rows, gate, up, down, group_sizes = (jnp.asarray(a) for a in (rows, gate, up, down, group_sizes))
     _check(rows, gate, up, down, group_sizes, activation)
+    scale = None if scale is None else jnp.asarray(scale)
     if scale is not None and (scale.shape != rows.shape[:1] or scale.dtype != jnp.float32):
         raise ValueError(f"gated_ffn: scale must be float32 ({rows.shape[0]},); got {scale.dtype}{list(scale.shape)}")
     name = named(implementation, rows, gate) if implementation else pick(rows, gate)
