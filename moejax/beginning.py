@@ -40,9 +40,9 @@ def alone(workdir: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        os.close(folder)  # and so lets it go
         with contextlib.suppress(OSError):  # it holds something
             workdir.rmdir()
+        os.close(folder)  # and so lets it go
 
 
 def begin(workdir: Path, config: Config, model, tx, mesh, shardings: TrainState, corpus: data.Corpus) -> TrainState:

@@ -155,8 +155,9 @@ def _decision(moe: MoEConfig, router: Callable) -> Routing | ExpertChoice:
 
 
 def _place(router: Callable, error: Exception) -> str:
-    """The line of the router's own file in which it failed, if it was there."""
-    file = inspect.getsourcefile(inspect.unwrap(router))
+    """The line of the router's own file in which it failed, if it was there and the router is a function."""
+    code = getattr(inspect.unwrap(router), "__code__", None)
+    file = code and code.co_filename
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f" ({file}:{lines[-1]})" if lines else ""
 

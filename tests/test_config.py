@@ -253,6 +253,7 @@ def test_other_experts_per_token_at_evaluation():
 
 
 OWN_ROUTER = textwrap.dedent("""
+    import functools
     import jax.numpy as jnp
     from moejax import routing
 
@@ -267,6 +268,8 @@ OWN_ROUTER = textwrap.dedent("""
 
     def misspelt(logits, *, experts_per_token, mask):
         return routing.top_q(logits, experts_per_token=experts_per_token, mask=mask)
+
+    partly = functools.partial(misspelt, mask=None)
 
     def one_more(logits, *, experts_per_token, mask):
         return routing.top_k(logits, experts_per_token=experts_per_token + 1, mask=mask)
@@ -311,7 +314,8 @@ def test_a_function_that_is_no_router_is_refused(own_router):
     "name, words",
     [
         ("no_experts_per_token", r"fails: TypeError: .*argument 'experts_per_token'; it is called as router\("),
-        ("misspelt", r"misspelt fails \(.*mine.py:15\): AttributeError: .* no attribute 'top_q'"),
+        ("misspelt", r"misspelt fails \(.*mine.py:16\): AttributeError: .* no attribute 'top_q'"),
+        ("partly", r"partly fails: AttributeError: .* no attribute 'top_q'"),
         ("one_more", r"returns experts of shape \(16, 4\) for T=16, K=3 and E=8: it must be \(T, K\)"),
     ],
 )

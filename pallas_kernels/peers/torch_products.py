@@ -79,7 +79,7 @@ def block(case, normal, ends):
 
 
 def prepared(case):
-    """op -> its product, and "dense", each run twice."""
+    """op -> its product, and "dense", each run once."""
     normal = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     ends = torch.tensor(case["sizes"], device="cuda").cumsum(0).to(torch.int32)
     run = (block if case["name"].endswith("/block") else products)(case, normal, ends)
