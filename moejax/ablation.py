@@ -149,7 +149,7 @@ def run_one(config: Config, folder: Path, *, progress: bool = True) -> dict[str,
             "content_hash": corpus.content_hash,
             "eval_batches": config.train.eval_batches,
             "cores": os.cpu_count(),
-            "environment": environment.record(),
+            "environment": environment.record(None if config.model.moe is None else config.model.moe.router),
         }
     )
     if jax.process_index() == 0:

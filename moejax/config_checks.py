@@ -11,12 +11,15 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
 from moejax import attention, dotted, exchange, schema
 from moejax.config import Config, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moejax.data import DataConfig
 from moejax.errors import UserError
 from moejax.models.lm import layer_plan
-from moejax.moe import abstract_decision, reads_logits
+from moejax.moe import abstract_decision, reads_logits, sample_decision
 from moejax.routing import ExpertChoice, Routing
 from pallas_kernels import grouped_matmul
 
@@ -152,6 +155,28 @@ def _decision(moe: MoEConfig, router: Callable) -> Routing | ExpertChoice:
                     f"({letters[0]}, {letters[1]})"
                 )
     return decision
+
+
+def check_choices(moe: MoEConfig) -> None:
+    """UserError where a router of the user's own makes choices that no layer can take, for logits drawn at random.
+
+    Layers don't check them: an expert that isn't there, or the same one twice, would train and mean nothing.
+    """
+    if moe.router.startswith("moejax."):
+        return
+    decision = jax.device_get(sample_decision(moe))
+    if isinstance(decision, ExpertChoice):
+        what, choices, kept, most = "token", decision.tokens, decision.weights != 0, decision.scores.shape[1]
+    else:
+        what, choices, kept, most = "expert", decision.experts, decision.keep, moe.num_experts
+    wrong = choices[kept & ((choices < 0) | (choices >= most))]
+    if wrong.size:
+        raise UserError(f"router {moe.router} chooses {what} {wrong[0]}: there are 0 to {most - 1}")
+    for row, its in zip(choices.reshape(-1, choices.shape[-1]), kept.reshape(-1, choices.shape[-1]), strict=True):
+        if len(set(row[its])) < its.sum():
+            raise UserError(f"router {moe.router} chooses {row[its].tolist()}: each {what} may be there once")
+    if not np.isfinite(decision.weights[kept]).all():
+        raise UserError(f"router {moe.router} gives weights that are not finite, for logits of some -4 to 4")
 
 
 def _place(router: Callable, error: Exception) -> str:

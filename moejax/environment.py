@@ -37,8 +37,8 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(data_cache.default_folder(), "xla"))
 
 
-def record() -> dict[str, Any]:
-    """This process's command, packages, git commit and devices, fit for JSON."""
+def record(router: str | None = None) -> dict[str, Any]:
+    """This process's command, packages, git commit, `code_hash` and devices, fit for JSON."""
     devices = jax.devices()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -47,6 +47,7 @@ def record() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: version(name) for name in PACKAGES},
         "git_commit": git_commit(Path(__file__).parent),
+        "code": code_hash(router),
         "devices": {"kind": devices[0].device_kind, "count": len(devices), "processes": jax.process_count()},
     }
 

@@ -65,6 +65,7 @@ class Writer:
         self._step_tokens = config.data.batch_size * config.data.sequence_length
         self._bar: tqdm.tqdm | None = None
         self._board: tensorboard.Board | None = None
+        self.other_code = False  # than at the run's last start
         if flops_per_token is None:
             flops_per_token = accounting.account(config.model, config.data.sequence_length).train_flops_per_token
         peak = environment.peak_flops(jax.devices()[0].device_kind)
@@ -73,7 +74,9 @@ class Writer:
             with writing(self.workdir):
                 self.workdir.mkdir(parents=True, exist_ok=True)
             write_whole(self.workdir / "config.json", json.dumps(to_dict(config), indent=1) + "\n")
-            _append(self.workdir / "environment.jsonl", environment.record())
+            record = environment.record(None if config.model.moe is None else config.model.moe.router)
+            self.other_code = _last_code(self.workdir / "environment.jsonl") not in (None, record["code"])
+            _append(self.workdir / "environment.jsonl", record)
 
     def has_lines(self) -> bool:
         """Whether an earlier call logged anything."""
@@ -204,6 +207,15 @@ def read_config(workdir: str | os.PathLike[str]) -> Config | None:
             raise UserError(f"{path}: {error}") from error
     stored = checkpoint.read_config(workdir)
     return None if stored is None else from_config_dict(stored.get("run", stored))
+
+
+def _last_code(path: Path) -> str | None:
+    """`code` of the last line of an environment.jsonl, None where there is none."""
+    try:
+        last = path.read_text(encoding="utf-8").splitlines()[-1]
+        return json.loads(last).get("code")
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterable[dict[str, Any]]:

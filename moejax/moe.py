@@ -51,6 +51,15 @@ def abstract_decision(config: MoEConfig, tokens: int = 16) -> routing.Routing | 
     return jax.eval_shape(trace, logits, logits, array(jnp.int32), array(jnp.bool_), bias)
 
 
+def sample_decision(config: MoEConfig, tokens: int = 256) -> routing.Routing | routing.ExpertChoice:
+    """The decision of one group of so many tokens, all of them real, by normally distributed logits and no bias."""
+    experts = config.num_experts
+    first, second = (jax.random.normal(jax.random.key(i), (1, tokens, experts)) for i in range(2))
+    ids, mask = jnp.arange(tokens, dtype=jnp.int32)[None], jnp.ones((1, tokens), bool)
+    sampled = jax.jit(functools.partial(decide, config))
+    return sampled(first, noise_logits=second, tokens=ids, mask=mask, bias=jnp.zeros((experts,)))
+
+
 def decide(config: MoEConfig, logits, *, tokens, mask, bias=None, key=None, noise_logits=None, mode: Mode = "train"):
     """The router's decision in every routing group, capacity included.
 

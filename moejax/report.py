@@ -216,7 +216,13 @@ def provenance(arms: Sequence[Arm]) -> list[str]:
     lines += _distinct(f"data: {result['data']}" for result in results)
     lines += _distinct(_machine(result) for result in results)
     commits = _distinct(result["environment"]["git_commit"] or "unknown" for result in results)
-    return lines + ([f"commit: {', '.join(commits)}"] if commits else [])
+    lines += [f"commit: {', '.join(commits)}"] if commits else []
+    for arm in arms:
+        codes = _distinct(run.result["environment"].get("code") for run in arm.finished if run.result)
+        if len(codes) > 1:
+            lines.append(f"**{arm.name}: its seeds were trained by different code** (a run's environment.jsonl has its "
+                         "hash): give another --workdir to train them alike")  # fmt: skip
+    return lines
 
 
 def _machine(result: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from moejax import (
     accounting,
     beginning,
     checkpoint,
+    config_checks,
     data,
     distributed,
     environment,
@@ -103,6 +104,9 @@ def _run(
         if start:
             writer.say(f"continuing from the checkpoint of step {start}" if start < end else
                        f"already at step {start} of {end}: nothing left to train")  # fmt: skip
+        if start and writer.other_code:
+            writer.say("moejax, pallas_kernels or the router's file has changed since this run's last start: what "
+                       "follows is by the new code")  # fmt: skip
         if again:
             writer.say(f"there is no checkpoint in {workdir}: the run begins again at step 1")
         placement = sharding.batch_sharding(mesh)
@@ -170,6 +174,8 @@ def prepared(config: Config, workdir: Path, progress: bool) -> tuple[Config, dat
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     stored = metrics.read_config(workdir)
     config = configs.settle(config, stored)
+    if config.model.moe is not None:
+        config_checks.check_choices(config.model.moe)
     family = published.description(config.train.init_from)
     if family is not None:
         config = published.with_tokenizer(config)

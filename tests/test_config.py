@@ -1,5 +1,6 @@
 """Configs: round trips, what is refused and in which words, what counts as a change, and the command line."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -253,6 +254,7 @@ def test_other_experts_per_token_at_evaluation():
 
 
 OWN_ROUTER = textwrap.dedent("""
+    import dataclasses
     import functools
     import jax.numpy as jnp
     from moejax import routing
@@ -273,6 +275,24 @@ OWN_ROUTER = textwrap.dedent("""
 
     def one_more(logits, *, experts_per_token, mask):
         return routing.top_k(logits, experts_per_token=experts_per_token + 1, mask=mask)
+
+    def changed(logits, experts_per_token, mask, **fields):
+        decision = routing.top_k(logits, experts_per_token=experts_per_token, mask=mask)
+        return dataclasses.replace(decision, **{name: change(decision) for name, change in fields.items()})
+
+    def counts_from_one(logits, *, experts_per_token, mask):
+        return changed(logits, experts_per_token, mask, experts=lambda made: made.experts + 1)
+
+    def twice(logits, *, experts_per_token, mask):
+        return changed(logits, experts_per_token, mask, experts=lambda made: made.experts // 2)
+
+    def over_nothing(logits, *, experts_per_token, mask):
+        return changed(logits, experts_per_token, mask, weights=lambda made: made.weights / 0)
+
+    def gives_up_a_choice(logits, *, experts_per_token, mask):
+        first = lambda made: jnp.broadcast_to(jnp.arange(experts_per_token) == 0, made.keep.shape)
+        return changed(logits, experts_per_token, mask, keep=lambda made: made.keep & first(made),
+                       experts=lambda made: jnp.where(first(made), made.experts, 9))
 """)
 
 
@@ -314,7 +334,7 @@ def test_a_function_that_is_no_router_is_refused(own_router):
     "name, words",
     [
         ("no_experts_per_token", r"fails: TypeError: .*argument 'experts_per_token'; it is called as router\("),
-        ("misspelt", r"misspelt fails \(.*mine.py:16\): AttributeError: .* no attribute 'top_q'"),
+        ("misspelt", r"misspelt fails \(.*mine.py:17\): AttributeError: .* no attribute 'top_q'"),
         ("partly", r"partly fails: AttributeError: .* no attribute 'top_q'"),
         ("one_more", r"returns experts of shape \(16, 4\) for T=16, K=3 and E=8: it must be \(T, K\)"),
     ],
@@ -324,6 +344,22 @@ def test_a_routers_own_mistake_is_one_line(own_router, name, words):
     with pytest.raises(UserError, match=words) as error:
         from_config_dict({"model": {"moe": moe}})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("counts_from_one", r"counts_from_one chooses expert 8: there are 0 to 7"),
+        ("twice", r"twice chooses \[\d, \d, \d\]: each expert may be there once"),
+        ("over_nothing", "over_nothing gives weights that are not finite"),
+        ("gives_up_a_choice", None),
+        ("route", None),
+    ],
+)
+def test_a_routers_choices_are_tried_before_training(own_router, name, words):
+    moe = MoEConfig(num_experts=8, experts_per_token=3, expert_width=8, router=f"{own_router}:{name}")
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        config_checks.check_choices(moe)
 
 
 def test_configs_hash_although_options_are_a_dict():

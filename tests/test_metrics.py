@@ -49,6 +49,15 @@ def test_a_resume_writes_each_step_once(tmp_path):
     assert load == {"step": 10, "load": [[10, 0]]}
 
 
+def test_a_start_by_other_code_is_noticed(tmp_path, monkeypatch):
+    noticed = []
+    for code in ("a", "a", "b", "b"):
+        monkeypatch.setattr(environment, "code_hash", lambda router, code=code: code)
+        with metrics.Writer(tmp_path, CONFIG, total_steps=100, progress=False) as writer:
+            noticed.append(writer.other_code)
+    assert noticed == [False, False, True, False]
+
+
 @settings(deadline=None, max_examples=25)
 @given(cut=st.integers(0, 60), keep=st.integers(0, 4))
 def test_a_kill_at_any_byte_leaves_whole_lines_after_the_cut(tmp_path_factory, cut, keep):

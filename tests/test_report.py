@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from fabricated import SWITCH, plan, write_run
+from fabricated import SWITCH, environment, plan, write_run
 
 from moejax import ablation, figures, report
 from moejax.errors import UserError
@@ -68,6 +68,14 @@ def test_many_seeds_are_told(tmp_path):
     for told in ("content 12ab", "CPython 3.13.0", "jax 0.11.2", "commit: abc", "2 host cores"):
         assert told in text
     assert "4 steps of 8 × 16 bytes tokens" in text
+
+
+def test_seeds_of_an_arm_by_different_code_are_told(tmp_path):
+    for seed, code in enumerate("ab"):
+        write_run(tmp_path, "dense", seed, {4: 2.0}, environment=environment() | {"code": "a"})
+        write_run(tmp_path, "switch", seed, {4: 1.9}, sparse=True, environment=environment() | {"code": code})
+    text = report.markdown(ablation.collect(plan(tmp_path), tmp_path))
+    assert "**switch: its seeds were trained by different code**" in text and "**dense: its seeds" not in text
 
 
 def test_classes_are_not_compared(tmp_path):
