@@ -11,6 +11,7 @@ with 130. Any other exception is a bug and keeps its traceback.
 """
 
 import ast
+import dataclasses
 import logging
 import os
 import re
@@ -192,6 +193,15 @@ def _explain(error: Exception, argv: Sequence[str]) -> str:
         if ".router_options." in path:
             name = path.rpartition(".")[2]
             return f"set options of the router together: --config.model.moe.router_options=\"{{'{name}': {value}}}\""
+    for path in given:
+        if path.startswith("arms.") and isinstance(error, AttributeError | KeyError):
+            return (
+                f"--config.{path}: an arm has only the fields in which it differs, so a flag can set no other; change "
+                "a copy of the config file, or the field of all arms with --config.FIELD=VALUE"
+            )
+    unknown = re.search(r"Unknown command line flag '([^']*)'", text)
+    if unknown and unknown[1].partition(".")[0] in {field.name for field in dataclasses.fields(Config)}:
+        return f"--{unknown[1]} is no flag; a field of the config is --config.{unknown[1]}"
     if given and not config_files(argv):
         return f"--config.{next(iter(given))} is given without --config=FILE.py before it"
     lines = [line for line in text.strip().splitlines() if line.strip()]

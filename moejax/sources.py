@@ -96,6 +96,10 @@ def manifest(source: Source) -> tuple[SourceFile, ...]:
     else:
         pattern = os.path.abspath(os.path.expanduser(source.pattern))
         paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+        if os.path.isdir(pattern):
+            inside = os.path.join(source.pattern, "**", "*." + ("txt" if source.kind == "text" else source.kind))
+            raise UserError(f"data.source {source}: that is a folder; give a glob of its files, such as "
+                            f"{source.kind}:{inside}")  # fmt: skip
         if not paths:
             raise UserError(f"data.source {source}: no file matches {pattern}; give the path or glob of existing files")
     files = []

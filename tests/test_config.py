@@ -417,6 +417,7 @@ class TestCommandLine:
             (["--config.model.moe.router_options.scale=2"], "--config.model.moe.router_options=\"{'scale': 2}\""),
             (["--config.train.steps.x=2"], "config.train.steps has no fields"),
             (["--wokdir=x"], "wokdir"),
+            (["--train.steps=4"], "--train.steps is no flag; a field of the config is --config.train.steps"),
             (["stray"], "'stray' belongs to no flag"),
         ],
     )
@@ -430,6 +431,9 @@ class TestCommandLine:
             parse(monkeypatch, "--config=nope.py")
         with pytest.raises(UserError, match=r"given without --config=FILE\.py"):
             parse(monkeypatch, "--config.train.steps=3")
+        ablation = "--config=experiments/configs/ablations/switch_vs_fine_grained.py"
+        with pytest.raises(UserError, match=r"^--config\.arms\.switch\.seed: an arm has only the fields"):
+            parse(monkeypatch, ablation, "--config.arms.switch.seed=3")
         with pytest.raises(UserError, match=r"config\.model\.moe is None \(a dense model\)"):
             parse(monkeypatch, f"--config={DENSE}", "--config.model.moe.num_experts=4")
 

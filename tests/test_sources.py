@@ -102,6 +102,7 @@ def test_train_tokenizer_command(tmp_path):
     ("source", "message"),
     [
         ("text:{}/missing/*.txt", "no file matches"),
+        ("jsonl:{}/", r"that is a folder; give a glob of its files, such as jsonl:.*/\*\*/\*.jsonl"),
         ("text:{}/empty.txt", "holds no text"),
         ("text:{}/dangling.txt", "cannot read"),
         ("text:{}/short.txt", "fewer than one window of data.sequence_length=32"),
