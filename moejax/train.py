@@ -101,14 +101,8 @@ def _run(
         writer.cut_after(start)
         writer.say(f"data: {corpus.description}")
         writer.say(f"model: {describe(sizes, config)}; mesh {dict(mesh.shape)}")
-        if start:
-            writer.say(f"continuing from the checkpoint of step {start}" if start < end else
-                       f"already at step {start} of {end}: nothing left to train")  # fmt: skip
-        if start and writer.other_code:
-            writer.say("moejax, pallas_kernels or the router's file has changed since this run's last start: what "
-                       "follows is by the new code")  # fmt: skip
-        if again:
-            writer.say(f"there is no checkpoint in {workdir}: the run begins again at step 1")
+        for told in _continuing(start, end, again, writer.other_code, workdir):
+            writer.say(told)
         placement = sharding.batch_sharding(mesh)
         batches = data.train_iterator(corpus, config.data, config.seed, start, *sharding.reading(mesh))
         evaluation = functools.partial(_evaluate, model, corpus, config, mesh)
@@ -163,6 +157,21 @@ def _run(
         if start >= end:  # nothing left to do: say where the finished run stands
             ended = (evaluation(state) if held_out else {}) | {"tokens_per_second": None}
     return ended | {"step": int(state.step)}
+
+
+def _continuing(start: int, end: int, again: bool, other_code: bool, workdir: Path) -> Iterator[str]:
+    """What is said of the run's beginning where it is not its first."""
+    if start:
+        yield f"continuing from the checkpoint of step {start}" if start < end else (
+            f"already at step {start} of {end}: nothing left to train"
+        )
+    if 0 < start < end and other_code:
+        yield (
+            "moejax, pallas_kernels or the router's file has changed since this run's last start: what follows is by "
+            "the new code"
+        )
+    if again:
+        yield f"there is no checkpoint in {workdir}: the run begins again at step 1"
 
 
 def prepared(config: Config, workdir: Path, progress: bool) -> tuple[Config, data.Corpus, Mesh, dict | None]:
