@@ -33,6 +33,15 @@ def resolve(dotted: str) -> Callable[..., Any]:
     return target
 
 
+def file_of(dotted: str) -> Path | None:
+    """The file that `resolve` looks a name up in; None where its module has none."""
+    module_name = dotted.rpartition(":")[0]
+    if module_name.endswith(".py"):
+        return Path(module_name).resolve()
+    spec = importlib.util.find_spec(module_name)
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
 def _from_path(module_name: str, dotted: str) -> Any:
     here = os.getcwd()
     # a console script's sys.path lacks the current directory, where a user's own file lies

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import jax
 
-from moejax import data_cache
+from moejax import data_cache, dotted
 
 PACKAGES = ("moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ml_collections", "numpy")
 # Dense bf16 FLOP/s of one jax device, from the makers' data sheets; the first name found in device_kind counts.
@@ -64,9 +63,9 @@ def code_hash(router: str | None) -> str:
     root = Path(__file__).parent.parent
     files = sorted(file for package in ("moejax", "pallas_kernels") for file in (root / package).rglob("*.*"))
     named = [(str(file.relative_to(root)), file) for file in files if file.suffix in (".py", ".json")]
-    spec = importlib.util.find_spec(router.partition(":")[0]) if router else None
-    if spec is not None and spec.origin is not None:
-        named.append(("router", Path(spec.origin)))
+    file = dotted.file_of(router) if router else None
+    if file is not None:
+        named.append(("router", file))
     found = hashlib.sha256()
     for name, file in named:
         found.update(name.encode() + b"\0" + file.read_bytes() + b"\0")

@@ -239,6 +239,7 @@ def test_other_code_and_other_parameters_have_other_hashes(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     first = environment.code_hash("own_router:route")
     assert first == environment.code_hash("own_router:route") != environment.code_hash(None)
+    assert first == environment.code_hash(f"{tmp_path}/own_router.py:route")
     (tmp_path / "own_router.py").write_text("def route(): return 1\n")
     assert first != environment.code_hash("own_router:route")
     for name, value in (("a", 1.0), ("c", 2.0)):
