@@ -53,11 +53,11 @@ def begin(workdir: Path, config: Config, model, tx, mesh, shardings: TrainState,
     shapes = jax.eval_shape(functools.partial(init, model, tx), jax.random.key(0))
     memory.check_state(memory.of_state(shapes, shardings), memory.limit(), config)
     state = restore(workdir, shapes, shardings, corpus.content_hash, corpus.tokenizer.text)
-    if state is None:
-        state = create(model, tx, mesh, config.seed)
-        if config.train.init_from:
-            state = start_from(state, config.train.init_from, model, tx, mesh)
-    return state
+    if state is not None:
+        return state
+    if config.train.init_from:
+        return start_from(shapes, config.train.init_from, model, tx, mesh)
+    return create(model, tx, mesh, config.seed)
 
 
 def restore(
@@ -90,22 +90,33 @@ def _like(shapes, shardings):
     return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, shardings)
 
 
-def start_from(state: TrainState, directory: str, model, tx, mesh) -> TrainState:
+def start_from(shapes: TrainState, directory: str, model, tx, mesh) -> TrainState:
     """A new run's state with the parameters of the run in `directory`, and its selection biases if it has any.
 
-    That run's layers may be stacked where this one's are not, or the other way round. A run without biases (balanced by
-    a loss) can start one with: its biases begin at 0.
+    shapes: of the state, which is never made with other parameters. That run's layers may be stacked where this one's
+    are not, or the other way round. A run without biases (balanced by a loss) can start one with: they begin at 0.
     """
     places = state_shardings(model, tx, mesh)
     try:
-        trees = _kept_of(directory, state, places)
+        trees = _kept_of(directory, shapes, places)
     except UserError:
         trees = _of_the_other_form(directory, model, tx, mesh, places) if isinstance(model, LM) else {}
         if not trees:
             raise
-    if jax.tree.leaves(state.router_state) and "router_state" not in trees:
+    if jax.tree.leaves(shapes.router_state) and "router_state" not in trees:
         _log.warning("train.init_from=%s: that run has no selection biases; here they begin at 0", directory)
-    return dataclasses.replace(state, **trees)
+
+    def rest(params):
+        zeros = functools.partial(jax.tree.map, lambda s: jnp.zeros(s.shape, s.dtype))
+        return {
+            "step": zeros(shapes.step),
+            "router_state": zeros(shapes.router_state),
+            "opt_state": tx.init(params),
+            "load": zeros(shapes.load),
+        }
+
+    there = {name: getattr(places, name) for name in ("step", "router_state", "opt_state", "load")}
+    return TrainState(**(jax.jit(rest, out_shardings=there)(trees["params"]) | trees))
 
 
 def _of_the_other_form(directory: str, model: LM, tx, mesh, places: TrainState) -> dict[str, Any]:

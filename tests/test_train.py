@@ -204,22 +204,20 @@ def test_init_from_with_and_without_selection_biases(tmp_path, old, new, caplog)
         moe = dataclasses.replace(small.ROUTERS["aux_free"], router=small.ROUTERS[name].router, bias_update_rate=0.0)
         settings = small.config(moe)
         model, tx = LM(settings.model), optimizer.make(settings.optimizer)
-        shapes = jax.eval_shape(functools.partial(train_step.init, model, tx), jax.random.key(0))
-        places = train_step.state_shardings(model, tx, mesh)
-        return jax.device_put(jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes), places), model, tx
+        return jax.eval_shape(functools.partial(train_step.init, model, tx), jax.random.key(0)), model, tx
 
     before, *_ = begin(old)
-    before = jax.tree.map(lambda a: a + jnp.ones((), a.dtype), before)
+    before = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), before)
     with checkpoint.Checkpointer(tmp_path) as saver:
         saver.save(7, {name: getattr(before, name) for name in beginning.TREES}, data={}, config={})
-    state, model, tx = begin(new)
-    found = beginning.start_from(state, str(tmp_path), model, tx, mesh)
+    shapes, model, tx = begin(new)
+    found = beginning.start_from(shapes, str(tmp_path), model, tx, mesh)
     jax.tree.map(np.testing.assert_array_equal, found.params, before.params)
     biases = jax.tree.leaves(found.router_state)
     assert len(biases) == (new == "aux_free")
     for bias in biases:
         np.testing.assert_array_equal(bias, np.full(bias.shape, old == "aux_free", np.float32))
-    assert int(found.step) == 0
+    assert int(found.step) == 0 and all(not np.any(moment) for moment in jax.tree.leaves(found.opt_state))
     said = [record.message for record in caplog.records]
     assert ("has no selection biases; here they begin at 0" in "".join(said)) == ((old, new) == ("top_k", "aux_free"))
 
@@ -233,10 +231,15 @@ def test_init_from_a_run_whose_layers_are_kept_the_other_way(tmp_path, scanned, 
         for way in (not scanned, scanned)
     ]
     models, tx = [LM(each.model) for each in settings], optimizer.make(settings[0].optimizer)
-    before, state = (train_step.create(model, tx, mesh, seed) for seed, model in enumerate(models))
+    before = train_step.create(models[0], tx, mesh, 0)
+
+    def start(model):
+        shapes = jax.eval_shape(functools.partial(train_step.init, model, tx), jax.random.key(0))
+        return beginning.start_from(shapes, str(tmp_path), model, tx, mesh)
+
     with checkpoint.Checkpointer(tmp_path) as saver:
         saver.save(7, {name: getattr(before, name) for name in beginning.TREES}, data={}, config={})
-    found = beginning.start_from(state, str(tmp_path), models[1], tx, mesh)
+    found = start(models[1])
     same = train_step.create(models[1], tx, mesh, 0)
     jax.tree.map(np.testing.assert_array_equal, (found.params, found.router_state), (same.params, same.router_state))
     for leaf, wanted in zip(jax.tree.leaves(found.params), jax.tree.leaves(same.params), strict=True):
@@ -245,7 +248,7 @@ def test_init_from_a_run_whose_layers_are_kept_the_other_way(tmp_path, scanned, 
         return  # what follows is the same either way
     other = dataclasses.replace(models[1].config, width=16)
     with pytest.raises(UserError, match="is of another model"):
-        beginning.start_from(train_step.create(LM(other), tx, mesh, 0), str(tmp_path), LM(other), tx, mesh)
+        start(LM(other))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(place, tmp_path, caplog):
