@@ -38,8 +38,12 @@ def file_of(dotted: str) -> Path | None:
     module_name = dotted.rpartition(":")[0]
     if module_name.endswith(".py"):
         return Path(module_name).resolve()
-    spec = importlib.util.find_spec(module_name)
-    return None if spec is None or spec.origin is None else Path(spec.origin)
+    if module_name in sys.modules:  # __main__, a notebook's, has neither a file nor a spec
+        file = getattr(sys.modules[module_name], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(module_name)
+        file = None if spec is None else spec.origin
+    return None if file is None else Path(file)
 
 
 def _from_path(module_name: str, dotted: str) -> Any:

@@ -4,6 +4,7 @@ A thin skin: the decision is `decide`, rows move and are computed in `expert_par
 `balance`'s and statistics `routing_stats`'. Returns (y, losses) and sows one dict of tallies, `routing`.
 """
 
+import dataclasses
 import functools
 import inspect
 from typing import Literal
@@ -52,8 +53,9 @@ def abstract_decision(config: MoEConfig, tokens: int = 16) -> routing.Routing | 
 
 
 def sample_decision(config: MoEConfig, tokens: int = 256) -> routing.Routing | routing.ExpertChoice:
-    """The decision of one group of so many tokens, all of them real, by normally distributed logits and no bias."""
-    experts = config.num_experts
+    """The decision of one group of so many tokens, all of them real, by normally distributed logits and no bias; no
+    capacity, which would hide some of its choices."""
+    experts, config = config.num_experts, dataclasses.replace(config, capacity_factor=None)
     first, second = (jax.random.normal(jax.random.key(i), (1, tokens, experts)) for i in range(2))
     ids, mask = jnp.arange(tokens, dtype=jnp.int32)[None], jnp.ones((1, tokens), bool)
     sampled = jax.jit(functools.partial(decide, config))

@@ -219,6 +219,7 @@ def provenance(arms: Sequence[Arm]) -> list[str]:
     lines += [f"commit: {', '.join(commits)}"] if commits else []
     for arm in arms:
         codes = _distinct(run.result["environment"].get("code") for run in arm.finished if run.result)
+        codes = [code for code in codes if code]  # runs of before there was a hash
         if len(codes) > 1:
             lines.append(f"**{arm.name}: its seeds were trained by different code** (a run's environment.jsonl has its "
                          "hash): give another --workdir to train them alike")  # fmt: skip

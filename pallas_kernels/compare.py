@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import benchmark, block_ops, shapes
@@ -27,17 +28,20 @@ _NAME = "pallas_kernels"
 class Tree:
     """A checkout's own `pallas_kernels`, of which several can be loaded: a context in which that name is this one.
 
-    Raises ValueError where `root` holds none.
+    Raises ValueError where `root` holds none, or one without what is compared here.
     """
 
     def __init__(self, root: Path):
         if not (root / _NAME / "__init__.py").is_file():
             raise ValueError(f"{root} holds no {_NAME}; give the folder of a checkout")
         self._root, self._modules = str(root), dict[str, object]()
-        with self:
-            self.benchmark = importlib.import_module(f"{_NAME}.benchmark")
-            self.block_ops = importlib.import_module(f"{_NAME}.block_ops")
-            self.metadata = importlib.import_module(f"{_NAME}.grouped_matmul").group_metadata
+        try:
+            with self:
+                self.benchmark = importlib.import_module(f"{_NAME}.benchmark")
+                self.block_ops = importlib.import_module(f"{_NAME}.block_ops")
+                self.metadata = importlib.import_module(f"{_NAME}.grouped_matmul").group_metadata
+        except (ImportError, SyntaxError) as error:
+            raise ValueError(f"the {_NAME} of {root} can't be loaded: {error}; give a newer checkout") from error
 
     def __enter__(self) -> "Tree":
         self._others = _taken()
@@ -58,8 +62,8 @@ def _taken() -> dict[str, object]:
 
 
 def bench(case, op: str, implementation: str, trees: dict[str, Tree], settle: float = 0.1) -> tuple[dict, float]:
-    """name of a tree -> times of one call, and how far the second's results are from the first's: the largest
-    ‖a − b‖ / ‖a‖ of an array, 0.0 where all are the same bit for bit."""
+    """name of a tree -> times of one product, and how far the second's results are from the first's: the largest
+    ‖a − b‖ / ‖a‖ of an array, 0.0 where all are equal."""
     block = op in block_ops.OPS
     shared = (block_ops if block else benchmark).operands(case)
     lowered, given = {}, {}
@@ -76,18 +80,20 @@ def bench(case, op: str, implementation: str, trees: dict[str, Tree], settle: fl
     first, second = (jax.tree.leaves(run()) for run in runs.values())
     apart = max(_apart(a, b) for a, b in zip(first, second, strict=True))
     del first, second
-    return rounds(runs, launches=case["launches"], settle=settle), apart
+    times = rounds(runs, launches=case["launches"], settle=settle)
+    return {name: tuple(us / case["again"] for us in found) for name, found in times.items()}, apart
 
 
 @jax.jit
 def _difference(a, b):
-    a, b = a.astype("float32"), b.astype("float32")
-    return jax.numpy.linalg.norm(a - b), jax.numpy.linalg.norm(a)
+    equal = jnp.array_equal(a, b)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return equal, jnp.linalg.norm(a - b) / jnp.linalg.norm(a)
 
 
 def _apart(a, b) -> float:
-    difference, norm = (float(x) for x in _difference(a, b))
-    return difference / norm if difference else 0.0
+    equal, difference = _difference(a, b)
+    return 0.0 if equal else float(difference)
 
 
 def main() -> None:

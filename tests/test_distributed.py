@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -240,6 +241,8 @@ def test_other_code_and_other_parameters_have_other_hashes(tmp_path, monkeypatch
     first = environment.code_hash("own_router:route")
     assert first == environment.code_hash("own_router:route") != environment.code_hash(None)
     assert first == environment.code_hash(f"{tmp_path}/own_router.py:route")
+    monkeypatch.setitem(sys.modules, "a_notebook", types.ModuleType("a_notebook"))  # no file, no spec
+    assert len(environment.code_hash("a_notebook:route")) == 12
     (tmp_path / "own_router.py").write_text("def route(): return 1\n")
     assert first != environment.code_hash("own_router:route")
     for name, value in (("a", 1.0), ("c", 2.0)):

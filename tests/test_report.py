@@ -72,7 +72,8 @@ def test_many_seeds_are_told(tmp_path):
 
 def test_seeds_of_an_arm_by_different_code_are_told(tmp_path):
     for seed, code in enumerate("ab"):
-        write_run(tmp_path, "dense", seed, {4: 2.0}, environment=environment() | {"code": "a"})
+        before = {"code": "a"} if seed else {}  # a run of before there was a hash
+        write_run(tmp_path, "dense", seed, {4: 2.0}, environment=environment() | before)
         write_run(tmp_path, "switch", seed, {4: 1.9}, sparse=True, environment=environment() | {"code": code})
     text = report.markdown(ablation.collect(plan(tmp_path), tmp_path))
     assert "**switch: its seeds were trained by different code**" in text and "**dense: its seeds" not in text

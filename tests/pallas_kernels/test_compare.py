@@ -38,6 +38,23 @@ def test_each_tree_runs_its_own_kernels(op, other):
     assert {name: module for name, module in sys.modules.items() if name in before} == before
 
 
+def test_the_command(other, monkeypatch, capsys):
+    case = CASE | {"name": "tiny/up", "ops": ["forward"], "again": 2}
+    monkeypatch.setattr(benchmark, "cases", lambda *_: [case])
+    monkeypatch.setattr(sys, "argv", ["compare", f"--other={other}", "--implementation=blocks"])
+    compare.main()
+    _, line, last = capsys.readouterr().out.splitlines()
+    assert line.startswith("tiny/up forward blocks: this ") and line.endswith(" times as fast, 1.0e+00 apart")
+    assert last.startswith("all 1: ")
+
+
+def test_a_tree_that_cannot_be_loaded_is_one_line(other):
+    (other / "pallas_kernels/block_ops.py").unlink()
+    with pytest.raises(ValueError, match=r"can't be loaded: .*'block_ops'.*; give a newer checkout"):
+        compare.Tree(other)
+    assert sys.modules["pallas_kernels.benchmark"] is benchmark
+
+
 def test_a_folder_without_kernels_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare", f"--other={tmp_path}", "--shape=olmoe-1b-7b"])
     with pytest.raises(SystemExit):

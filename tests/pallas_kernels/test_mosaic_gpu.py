@@ -96,7 +96,7 @@ def group_sizes(draw, E=3, M=126):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=group_sizes())
 @example(sizes=np.array([0, 70, 51], np.int32))
 @example(sizes=np.array([126, 0, 0], np.int32))
