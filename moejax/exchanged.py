@@ -30,8 +30,8 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
     overflow (1,) i32: choices without room; None for gather. UserError where the tokens don't divide by `chunks`, and
     where `factor` leaves a chunk less than one row.
     """
-    if chunks > 1:
-        work = dataclasses.replace(work, spare=SPARE)
+    # room for more rows than come, as a rule, and nobody reads the rest
+    work = dataclasses.replace(work, spare=SPARE if chunks > 1 else 0, tail=False)
     run = WAYS[way](weights, num_experts, work, factor, chunks > 1)
     results = pipelined(run, split(x, decision, chunks))
     y = jnp.concatenate([y.reshape(-1, x.shape[-1]) for y, _ in results]).reshape(x.shape)

@@ -37,6 +37,7 @@ def gated_ffn(
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
     spare: int = 0,
+    tail: bool = True,
 ) -> Array:
     """(activation(rows · gate) ∘ (rows · up)) · down, each row with its expert's weights (Shazeer 2020, equation 6).
 
@@ -44,13 +45,13 @@ def gated_ffn(
     (R, D), zeros past the sum of group_sizes; those rows are never read. Products are summed in float32 and rounded to
     rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; only where `takes_scale`. metadata:
     `group_metadata(group_sizes, R)`, shared by the six products of forward and backward. implementation: of
-    `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products. spare: of
-    `group_metadata`, where none is given.
+    `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products. spare
+    and tail: of `group_metadata`, where none is given.
     """
     _check(rows, gate, up, down, group_sizes, activation)
     with jax.named_scope("experts"):
         if metadata is None:
-            metadata = group_metadata(group_sizes, rows.shape[0], spare)
+            metadata = group_metadata(group_sizes, rows.shape[0], spare, tail)
             metadata = jax.tree.map(lambda a: checkpoint_name(a, "routing"), metadata)
         name = implementation or pick(rows, gate)
         if name == "mosaic_gpu":

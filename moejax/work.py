@@ -14,11 +14,12 @@ from moejax import dispatch, experts
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What experts do with rows: arguments of `expert_parallel.mixture_and_overflow`; spare: of `group_metadata`."""
+    """What experts do with rows: arguments of `expert_parallel.mixture_and_overflow`, and of `group_metadata`."""
 
     implementation: str | None = None
     apply: Callable | None = None
     spare: int = 0
+    tail: bool = True
 
     def experts(self, rows, weights, group_sizes, scale=None):
         """(R, D) sorted by expert -> (R, D)."""
@@ -28,7 +29,7 @@ class Work:
             gate, up, down = (weights[name] for name in ("gate", "up", "down"))
             return experts.gated_ffn(
                 rows, gate, up, down, group_sizes,
-                scale=scale, implementation=self.implementation, spare=self.spare,
+                scale=scale, implementation=self.implementation, spare=self.spare, tail=self.tail,
             )  # fmt: skip
 
     def gates_inside(self, rows, plan, weights):

@@ -13,7 +13,7 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(mosaic_gpu, "collect", collect)
 
 
-def send(x, source, axis, beside=False):
+def send(x, source, starts, axis, beside=False):
     """(T, D), (R,) -> (R, D); NaN where nothing comes, which nothing may read."""
     return lax.all_gather(x, axis, tiled=True).at[source].get(mode="fill", fill_value=jnp.nan)
 

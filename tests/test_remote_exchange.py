@@ -30,6 +30,7 @@ def test_rows_go_once_to_each_device_in_the_order_of_tokens():
     np.testing.assert_array_equal(second.places, [[3, 1], [2, 2], [3, 3]])
     np.testing.assert_array_equal(first.source, [0, 1, 4])
     np.testing.assert_array_equal(second.source, [1, 3, 4])
+    np.testing.assert_array_equal([first.starts, second.starts], [[0, 2, 3], [0, 1, 3]])
     assert (first.overflow, second.overflow) == (0, 1)
     fewer = remote_exchange.routes(experts, jnp.int32(1), mine=2, devices=2, rows=1)
     # token 3's both choices are on device 1, which token 1 has filled; so with 4's two and 5's one, all five are lost
@@ -67,6 +68,8 @@ def test_what_is_sent_is_what_comes(data):
             else:
                 lost[token // tokens] += here
         assert (found.source[device, came:] >= devices * tokens).all()
+        before = [(found.source[device] < s * tokens).sum() for s in range(devices + 1)]
+        np.testing.assert_array_equal(found.starts[device], before)
         assert len(set(found.source[device].tolist())) == rows
     np.testing.assert_array_equal(found.places.reshape(-1, devices), place)
     np.testing.assert_array_equal(found.overflow, lost)
@@ -144,18 +147,18 @@ def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch):
     for name, put in {"get_global": lambda what: None, "semaphore_signal": None, "semaphore_wait": None}.items():
         monkeypatch.setattr(pl, name, put or (lambda *_, **__: None))
     x, y, _ = operands(1, 5, width, 7, dtype)
-    # rows 3, 0, 4, 1 of two devices of 5 tokens, and three that are none
-    source = jnp.array([3, 5, 9, 1, 12, 13, 14], jnp.int32)
+    # rows 1, 3, 4 and 0 of two devices of 5 tokens, and three that are none
+    source, starts = jnp.array([1, 3, 4, 5, 12, 13, 14], jnp.int32), jnp.array([0, 3, 4], jnp.int32)
     places = jnp.array([[0, 6], [7, 7], [2, 7], [7, 3], [1, 1]], jnp.int32)
 
-    def both(x, y, source, places):
-        return mosaic_gpu.send(x, source, "expert", aside), mosaic_gpu.collect(y, places, "expert", aside)
+    def both(x, y, source, starts, places):
+        return mosaic_gpu.send(x, source, starts, "expert", aside), mosaic_gpu.collect(y, places, "expert", aside)
 
     mesh = jax.make_mesh((2,), ("expert",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     run = jax.shard_map(both, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)  # alike on both
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        came, home = jax.block_until_ready(jax.jit(run)(x, y, source, places))
-    np.testing.assert_array_equal(came[:4], x[jnp.array([3, 0, 4, 1])])
+        came, home = jax.block_until_ready(jax.jit(run)(x, y, source, starts, places))
+    np.testing.assert_array_equal(came[:4], x[jnp.array([1, 3, 4, 0])])
     y = np.asarray(y.astype(jnp.float32))
     wanted = jnp.asarray(np.stack([y[0] + y[6], 0 * y[0], y[2], y[3], y[1] + y[1]])).astype(dtype)
     np.testing.assert_array_equal(home, wanted)
@@ -219,7 +222,8 @@ def test_off_gpu_it_says_so():
     x = jnp.ones((8, 128), jnp.float32)
 
     def routes(tokens, devices, rows):
-        return remote_exchange.Routes(jnp.zeros((tokens, devices), jnp.int32), jnp.zeros(rows, jnp.int32), jnp.int32(0))
+        places, source, starts = (jnp.zeros(shape, jnp.int32) for shape in ((tokens, devices), rows, devices + 1))
+        return remote_exchange.Routes(places, source, starts, jnp.int32(0))
 
     def send(*sizes):
         over(4)(lambda x: remote_exchange.send(x, routes(*sizes), axis="expert"))(x)

@@ -36,7 +36,8 @@ def gated_ffn(
 
     rows (M, D) sorted by group; gate, up (E, D, F) and down (E, F, D), all of one dtype; group_sizes (E,) i32. Returns
     (M, D) of that dtype. Differentiable in rows, weights and scale. Rows past the sum of group_sizes are never read,
-    come out as zeros and take no part in a gradient. Once and in reverse mode, as `grouped_matmul`.
+    come out as zeros and take no part in a gradient; by metadata without a tail they and their gradients are undefined.
+    Once and in reverse mode, as `grouped_matmul`.
 
     scale (M,) f32 multiplies each row of what goes into `down`, before it is rounded: a gate applied so needs no result
     of `down` for its gradient. metadata: `group_metadata(group_sizes, M)`. implementation: of `grouped_matmul`; with
@@ -113,13 +114,21 @@ def _block_backward(activation, residuals, grad):
     grad = grad.astype(rows.dtype)
     dhidden = products.forward(grad, down, group_sizes, metadata, True, rows.dtype)
     # What went into down isn't kept: the elementwise pass that has a and b at hand gives it again.
-    hidden, pull = jax.vjp(functools.partial(_gated, activation), a, b, scale)
-    *grads, dscale = pull(dhidden)  # with hidden six arrays of (M, F)
+    hidden, *grads, dscale = _activation_gradients(activation, a, b, scale, dhidden, metadata)
     weight_gradient = functools.partial(products.drhs, group_sizes=group_sizes, metadata=metadata, out_dtype=gate.dtype)
     ddown = weight_gradient(hidden, grad)
     drows = mosaic_gpu.dlhs(grads, (gate, up), metadata)
     dgate, dup = (weight_gradient(rows, each) for each in grads)
     return drows, dgate, dup, ddown, dscale, None, None
+
+
+def _activation_gradients(activation, a, b, scale, dhidden, metadata):
+    """(hidden, da, db, dscale or None); with dhidden six arrays of (M, F), of which without a tail some are empty."""
+    if not metadata.tail and a.shape[1] % 128 == 0:
+        *found, dscale = (*mosaic_gpu.gradients(activation, a, b, dhidden, metadata, scale), None)[:4]
+        return *found, dscale
+    hidden, pull = jax.vjp(functools.partial(_gated, activation), a, b, scale)
+    return hidden, *pull(dhidden)
 
 
 _block.defvjp(_block_forward, _block_backward)

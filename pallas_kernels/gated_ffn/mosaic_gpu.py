@@ -16,13 +16,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.combine.mosaic_gpu import load, widest
 from pallas_kernels.grouped_matmul import hopper, schedule, tilings
 from pallas_kernels.grouped_matmul.hopper import COLUMNS, Tiling
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
-from pallas_kernels.grouped_matmul.mosaic_gpu import here
+from pallas_kernels.grouped_matmul.mosaic_gpu import here, row_tiles
 from pallas_kernels.vary import vary_alike
 
 _STEP, _HALF = hopper.STEP, 64
+_ROW_BLOCKS = 132 * 16  # of `gradients`: as many as fit on the GPU at once
 
 
 def _sigmoid(x):
@@ -30,10 +32,24 @@ def _sigmoid(x):
     return root * root
 
 
+_GELU = 1.5957691216057308  # 2 · sqrt(2 / π), of its tanh form
 ACTIVATIONS = {
     "silu": lambda x: x * _sigmoid(x),
-    "gelu": lambda x: x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)),  # its tanh form
+    "gelu": lambda x: x * _sigmoid(_GELU * (x + 0.044715 * x * x * x)),
     "relu": lambda x: jnp.maximum(x, 0),
+}
+
+
+def _slope(x, inside, inside_slope):
+    """x · sigmoid(inside) and its derivative."""
+    share = _sigmoid(inside)
+    return x * share, share + x * share * (1 - share) * inside_slope
+
+
+_SLOPES = {
+    "silu": lambda x: _slope(x, x, 1.0),
+    "gelu": lambda x: _slope(x, _GELU * (x + 0.044715 * x * x * x), _GELU * (1 + 3 * 0.044715 * x * x)),
+    "relu": lambda x: (jnp.maximum(x, 0), jnp.where(x > 0, jnp.ones_like(x), jnp.zeros_like(x))),
 }
 
 
@@ -53,7 +69,7 @@ def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, scal
     kernel = hopper.launch("gated_ffn_hidden", body, t, out, stage, rows.dtype, approximate=True)
     # a tile reads its rows' scales whole, also where the rows end before it
     scales = () if scale is None else (jnp.pad(scale, (0, spare + schedule.ROWS)),)
-    results = kernel(*_table(metadata, M), jnp.pad(rows, ((0, spare), (0, 0))), gate, up, *scales)
+    results = kernel(*row_tiles(metadata, M), jnp.pad(rows, ((0, spare), (0, 0))), gate, up, *scales)
     return tuple(vary_alike(result[:M], rows)[0] for result in results)
 
 
@@ -111,7 +127,7 @@ def dlhs(grads, weights, metadata: GroupMetadata, tiles: Tiling | None = None):
     stage = {"a": (max(in_tile, 64), _STEP), "b": (COLUMNS, _STEP)}
     kernel = hopper.launch("gated_ffn_dlhs", functools.partial(_dlhs_kernel, t), t, out, stage, first.dtype)
     padded = (jnp.pad(grad, ((0, spare), (0, 0))) for grad in grads)
-    return vary_alike(kernel(*_table(metadata, M), *padded, *weights)[:M], first)[0]
+    return vary_alike(kernel(*row_tiles(metadata, M), *padded, *weights)[:M], first)[0]
 
 
 def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, staging, ready, free):
@@ -155,5 +171,48 @@ def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, st
     hopper.pipeline(t, turns, info, steps, load, compute, ready, free)
 
 
-def _table(metadata: GroupMetadata, M):
-    return metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
+def gradients(activation, a, b, dhidden, metadata: GroupMetadata, scale=None):
+    """What goes into `down` and, of the gradient of that, the gradients of a, b and, where there is a scale, of scale.
+
+    a, b, dhidden (M, F), scale (M,) f32 -> (hidden, da, db) (M, F) and dscale (M,) f32, of rows up to the sum; those
+    past it are left as the memory was, and nothing is spent on them. F in multiples of 128.
+    """
+    (M, F), scaled = a.shape, scale is not None
+    width = widest(F)
+
+    def body(ends, *refs):
+        (a, b, dhidden, *scales), (hidden, da, db, *dscales) = refs[: 3 + scaled], refs[3 + scaled :]
+        block, blocks = lax.axis_index("block"), jnp.int32(_ROW_BLOCKS)
+
+        def row(i, _):
+            r = block + i * blocks
+            total = jnp.zeros((width,), jnp.float32)
+            for first in range(0, F, width):
+                at = r, pl.ds(first, width)
+                x, y, grad = load(a.at[at]), load(b.at[at]), load(dhidden.at[at])
+                active, slope = _SLOPES[activation](x)
+                gated = active * y
+                total += grad * gated
+                for scale in scales:
+                    gated, grad = gated * scale[r], grad * scale[r]
+                for out, value in ((hidden, gated), (da, grad * y * slope), (db, grad * active)):
+                    out[at] = value.astype(out.dtype)
+            for dscale in dscales:
+                dscale[r] = jnp.sum(total)
+
+        lax.fori_loop(0, lax.div(ends[ends.shape[0] - 1] - block + blocks - 1, blocks), row, None)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=(jax.ShapeDtypeStruct((M, F), a.dtype),) * 3 + (jax.ShapeDtypeStruct((M,), jnp.float32),) * scaled,
+        grid=(_ROW_BLOCKS,),
+        grid_names=("block",),
+        kernel_name="gated_ffn_gradients",
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            approx_math=True,
+            unsafe_no_auto_barriers=True,  # no thread reads what another wrote, but in sums, which have their own
+        ),
+    )
+    results = kernel(metadata.ends, a, b, dhidden, *((scale,) if scaled else ()))
+    return tuple(vary_alike(result, a)[0] for result in results)

@@ -43,7 +43,8 @@ def grouped_matmul(
     group_sizes (E,) i32: how many rows each group has, in order; the sum may be less than M. Returns (M, N) in
     preferred_element_type (one of the three; default: lhs's dtype), summed in float32. Rows past the sum are never
     read, come out as zeros and take no part in a gradient; an empty group's weights get a gradient of exact zeros.
-    metadata: `group_metadata(group_sizes, M)`, when several products share it; of other sizes it gives other results.
+    metadata: `group_metadata(group_sizes, M)`, when several products share it; of other sizes it gives other results,
+    and with tail=False rows past the sum are undefined.
 
     Differentiable in lhs and rhs, once and in reverse mode (no jvp, no gradient of a gradient). Gradients are products
     of the cotangent rounded to lhs's dtype, in which float16 has no numbers beyond 65504.

@@ -20,7 +20,8 @@ class GroupMetadata:
     """Rows [starts[e], ends[e]) belong to group e. starts, ends (E,) i32; rows from ends[-1] on belong to none.
 
     Where the platform is a GPU, for the Hopper kernels: row_tiles, `schedule.row_tiles`, and by_size (E,) i32, the
-    groups, largest first. spare: how many multiprocessors the Hopper kernels leave free, an even number.
+    groups, largest first. spare: how many multiprocessors the Hopper kernels leave free, an even number. tail: whether
+    rows that belong to none come out as zeros.
     """
 
     starts: jax.Array
@@ -28,12 +29,15 @@ class GroupMetadata:
     row_tiles: tuple[jax.Array, jax.Array] | None = None
     by_size: jax.Array | None = None
     spare: int = dataclasses.field(default=0, metadata={"static": True})
+    tail: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
-def group_metadata(group_sizes: jax.Array, M: int, spare: int = 0) -> GroupMetadata:
+def group_metadata(group_sizes: jax.Array, M: int, spare: int = 0, tail: bool = True) -> GroupMetadata:
     """Metadata of group_sizes (E,) i32 over M rows, for every `grouped_matmul` that shares them.
 
     spare: multiprocessors of a GPU that these products and their gradients leave to others, an even number (`SPARE`).
+    tail: False leaves rows past the sum undefined, in results and gradients, and spends no time on them: for M that is
+    room for more rows than there are.
 
     Raises ValueError for sizes that are not (E,) i32, an odd or negative spare and, where the sizes are known (outside
     jit, vmap and shard_map, and inside jit under `jax.disable_jit()`), for negative ones or a sum of more than M. Under
@@ -50,8 +54,9 @@ def group_metadata(group_sizes: jax.Array, M: int, spare: int = 0) -> GroupMetad
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     starts = ends - group_sizes
     if jax.default_backend() != "gpu":
-        return GroupMetadata(starts, ends, spare=spare)
-    return GroupMetadata(starts, ends, schedule.row_tiles(starts, ends, M), schedule.by_size(starts, ends), spare)
+        return GroupMetadata(starts, ends, spare=spare, tail=tail)
+    tiles = schedule.row_tiles(starts, ends, M, tail)
+    return GroupMetadata(starts, ends, tiles, schedule.by_size(starts, ends), spare, tail)
 
 
 def check_metadata(what: str, metadata: GroupMetadata, group_sizes: jax.Array) -> None:

@@ -49,7 +49,7 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
     rows = schedule.tile_rows(M, rhs.shape[0])
     t = here(tiles or tilings.pick("forward", rows, lhs.shape[1]), lhs, metadata.spare)
     spare = -M % 8  # the copy engine takes rows in eights
-    table = metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M)
+    table = row_tiles(metadata, M)
     # 64 columns alone lie otherwise than 64 of 128
     weights = ((COLUMNS, _STEP),) if transpose_rhs else ((_STEP, COLUMNS), (2, _STEP, COLUMNS // 2))
     out = jax.ShapeDtypeStruct((hopper.stored_rows(M), N), out_dtype)
@@ -72,6 +72,11 @@ def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tili
     order = schedule.by_size(metadata.starts, metadata.ends) if metadata.by_size is None else metadata.by_size
     result = kernel(order, metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare))
     return vary_alike(result, lhs)[0]
+
+
+def row_tiles(metadata: GroupMetadata, M: int):
+    """`schedule.row_tiles` of the metadata."""
+    return metadata.row_tiles or schedule.row_tiles(metadata.starts, metadata.ends, M, metadata.tail)
 
 
 def here(t: Tiling, lhs, spare: int) -> Tiling:

@@ -19,17 +19,18 @@ def tile_rows(M: int, E: int) -> int:
     return 32 if M <= 8 * E else 64 if M <= 24 * E else ROWS
 
 
-def row_tiles(starts: jax.Array, ends: jax.Array, M: int) -> tuple[jax.Array, jax.Array]:
+def row_tiles(starts: jax.Array, ends: jax.Array, M: int, tail: bool = True) -> tuple[jax.Array, jax.Array]:
     """How many row tiles there are, (1,) i32, and the tiles, (T, 6) i32, T a bound known beforehand.
 
     The columns: group (E: rows past the sum, which are to become zeros), first row / 8, the first and the last + 1 of
     the tile's rows that are the group's, and the sweep that the tile belongs to: its first tile and how many there are.
-    A sweep is at most WIDTH tiles of one group. starts, ends (E,) i32: the groups' rows.
+    A sweep is at most WIDTH tiles of one group. starts, ends (E,) i32: the groups' rows. Without `tail` rows past the
+    sum have no tiles.
     """
     E = ends.shape[0]
     rows = tile_rows(M, E)
     starts = jnp.append(starts, ends[-1])
-    ends = jnp.append(ends, jnp.int32(M))
+    ends = jnp.append(ends, jnp.int32(M) if tail else ends[-1])
     aligned = starts // _ALIGN * _ALIGN
     count = jnp.where(ends > starts, -(-(ends - aligned) // rows), 0)
     stop = jnp.cumsum(count, dtype=jnp.int32)

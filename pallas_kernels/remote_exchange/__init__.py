@@ -28,12 +28,14 @@ class Routes:
     """What device `me` of S sends and what comes to it.
 
     places (T, S) i32: the row of each of its tokens on every device, R where it has none. source (R,) i32: the token,
-    of the S·T of all devices, of each row that comes; past the number that came, S·T and more, no number twice.
-    overflow () i32: its tokens' choices that found no room.
+    of the S·T of all devices, of each row that comes, ascending; past the number that came, S·T and more, no number
+    twice. starts (S + 1,) i32: how many of these rows are tokens of the devices before each, and of all. overflow ()
+    i32: its tokens' choices that found no room.
     """
 
     places: jax.Array
     source: jax.Array
+    starts: jax.Array
     overflow: jax.Array
 
 
@@ -50,11 +52,13 @@ def routes(experts: jax.Array, me: jax.Array, *, mine: int, devices: int, rows: 
     there = jax.lax.dynamic_slice_in_dim(place, me, 1, axis=1)[:, 0]
     source = jnp.arange(everyone, everyone + rows, dtype=jnp.int32)
     source = source.at[there].set(jnp.arange(everyone, dtype=jnp.int32), mode="drop")
+    come = jnp.sum(there.reshape(devices, tokens) < rows, axis=1, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.zeros_like(come[:1]), jnp.cumsum(come, dtype=jnp.int32)])
     own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=me * tokens, slice_size=tokens)
     places, chosen = own(place), own(experts)
     device = jnp.minimum(chosen // mine, devices - 1)
     lost = (chosen < devices * mine) & (jnp.take_along_axis(places, device, axis=1) == rows)
-    return Routes(places, source, jnp.sum(lost, dtype=jnp.int32))
+    return Routes(places, source, starts, jnp.sum(lost, dtype=jnp.int32))
 
 
 def arrivals(going: jax.Array, rows: int) -> jax.Array:
@@ -99,7 +103,7 @@ def _run(function, axis, beside, *args):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _send(axis, beside, x, routes):
-    return _run(mosaic_gpu.send, axis, beside, x, routes.source)
+    return _run(mosaic_gpu.send, axis, beside, x, routes.source, routes.starts)
 
 
 _send.defvjp(
@@ -115,7 +119,7 @@ def _collect(axis, beside, y, routes):
 
 _collect.defvjp(
     lambda axis, beside, y, routes: (_collect(axis, beside, y, routes), routes),
-    lambda axis, beside, routes, grad: (_run(mosaic_gpu.send, axis, beside, grad, routes.source), None),
+    lambda axis, beside, routes, grad: (_run(mosaic_gpu.send, axis, beside, grad, routes.source, routes.starts), None),
 )
 
 

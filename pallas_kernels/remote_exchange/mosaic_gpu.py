@@ -51,22 +51,29 @@ def why_not(rows) -> str | None:
     return None if jax.process_count() == 1 else "it needs all devices in one process, on one host"
 
 
-def send(x, source, axis, beside=False):
-    """(T, D), (R,) -> (R, D): row source of all devices' tokens; the rows with a source come first."""
+def send(x, source, starts, axis, beside=False):
+    """(T, D), (R,), (S + 1,) -> (R, D): row source of all devices' tokens, where starts says what comes from whom.
+
+    One row from each device in turn: in order, all devices would read from the first one together, then from the next.
+    """
     (T, D), R, S = x.shape, source.shape[0], lax.axis_size(axis)
     width = _width(D, x.dtype)
-    count = jnp.sum(source < S * T, dtype=jnp.int32, keepdims=True)
 
-    def move(r, columns, source, count, x, out):
-        there = _on(x, axis, lax.div(source[r], jnp.int32(T)))
-        row = lax.rem(source[r], jnp.int32(T))
-        out[r, columns] = plgpu.load(there.at[row, columns], layout=_layout(width))
+    def move(i, columns, source, starts, x, out):
+        device = lax.rem(i, jnp.int32(S))
+        r = starts[device] + lax.div(i, jnp.int32(S))
 
-    def rows(source, count, x, out):
-        return count[0]
+        def take():
+            there = _on(x, axis, device).at[source[r] - device * T, columns]
+            out[r, columns] = plgpu.load(there, layout=_layout(width))
+
+        pl.when(r < starts[device + 1])(take)
+
+    def rows(source, starts, x, out):
+        return S * functools.reduce(jnp.maximum, (starts[s + 1] - starts[s] for s in range(S)))
 
     shape = jax.ShapeDtypeStruct((R, D), x.dtype)
-    return _call("send_rows", move, rows, R, width, axis, beside, shape, source, count, x)
+    return _call("send_rows", move, rows, S * min(R, T), width, axis, beside, shape, source, starts, x)
 
 
 def collect(y, places, axis, beside=False):

@@ -12,7 +12,7 @@ import numpy as np
 from pallas_kernels import few_rows, remote_exchange
 from pallas_kernels.combine import combine, spread
 from pallas_kernels.gated_ffn import gated_ffn
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul
 
 T, K, D, F = 45, 3, 192, 320
 WIDTH = 384  # of rows that are moved: in multiples of 128
@@ -35,9 +35,10 @@ def products(sizes, transposed):
     return with_gradients(lambda lhs, rhs: run(lhs, rhs, sizes), normal(M, D), rhs)
 
 
-def gated(sizes):
-    run = functools.partial(gated_ffn, implementation="mosaic_gpu")
-    weights = normal(E, D, F), normal(E, D, F), normal(E, F, D)
+def gated(sizes, hidden, tail):
+    metadata = group_metadata(sizes, M, tail=tail)
+    run = functools.partial(gated_ffn, metadata=metadata, implementation="mosaic_gpu")
+    weights = normal(E, D, hidden), normal(E, D, hidden), normal(E, hidden, D)
     return with_gradients(lambda rows, *weights: run(rows, *weights, sizes), normal(M, D), *weights)
 
 
@@ -52,8 +53,8 @@ def few(chosen):
     return few_rows.products(normal(2, 256), chosen, (normal(E, 256, 384), normal(E, 256, 384)))
 
 
-def exchanged(slot, source):
-    routes = remote_exchange.Routes(slot, source, jnp.int32(0))
+def exchanged(slot, source, starts):
+    routes = remote_exchange.Routes(slot, source, starts, jnp.int32(0))
 
     def there_and_back(x):
         rows = remote_exchange.send(x, routes, axis="expert")
@@ -71,10 +72,11 @@ def cases():
     return {
         "grouped_matmul": (functools.partial(products, transposed=False), sizes),
         "grouped_matmul, transposed": (functools.partial(products, transposed=True), sizes),
-        "gated_ffn": (gated, sizes),
+        "gated_ffn": (functools.partial(gated, hidden=F, tail=True), sizes),
+        "gated_ffn, no tail": (functools.partial(gated, hidden=WIDTH, tail=False), sizes),
         "combine": (moved, slot),
         "few_rows": (few, jnp.array([0, 2, 3, 3], jnp.int32)),
-        "remote_exchange": (exchanged, tokens[:, None], tokens),
+        "remote_exchange": (exchanged, tokens[:, None], tokens, jnp.array([0, T], jnp.int32)),
     }
 
 

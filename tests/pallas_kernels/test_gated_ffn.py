@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.combine import combine, spread
-from pallas_kernels.gated_ffn import gated_ffn, mosaic_gpu
+from pallas_kernels.gated_ffn import ACTIVATIONS, gated_ffn, mosaic_gpu
 from pallas_kernels.grouped_matmul import SPARE, group_metadata, hopper, tilings
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.grouped_matmul.hopper import Tiling
@@ -62,10 +62,13 @@ def exact(rows, gate, up, down, grad, sizes, activation, scale=None):
     return (out, drows, *dweights) if scale is None else (out, drows, *dweights, dscale)
 
 
-@functools.partial(jax.jit, static_argnames=("activation", "implementation"))
-def value_and_gradients(rows, gate, up, down, grad, sizes, activation="silu", implementation=None, scale=None):
+@functools.partial(jax.jit, static_argnames=("activation", "implementation", "tail"))
+def value_and_gradients(
+    rows, gate, up, down, grad, sizes, activation="silu", implementation=None, scale=None, tail=True
+):
     def block(rows, gate, up, down, *scale):
-        options = {"activation": activation, "implementation": implementation}
+        metadata = group_metadata(sizes, rows.shape[0], tail=tail)
+        options = {"activation": activation, "implementation": implementation, "metadata": metadata}
         return gated_ffn(rows, gate, up, down, sizes, scale=scale[0] if scale else None, **options)
 
     out, pull = jax.vjp(block, rows, gate, up, down, *(() if scale is None else (scale,)))
@@ -143,18 +146,41 @@ def test_dlhs_interpreted(sizes, D, blocks, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scaled", [False, True])
-def test_the_block_interpreted(scaled, capfd, monkeypatch):
-    """The value and all gradients, through the public function."""
+@pytest.mark.parametrize(("scaled", "tail", "F"), [(False, True, 64), (True, False, 128)])
+def test_the_block_interpreted(scaled, tail, F, capfd, monkeypatch):
+    """The value and all gradients, through the public function; without a tail nothing is said of the last 7 rows."""
     monkeypatch.setattr(products, "_hopper", lambda: True)
+    monkeypatch.setattr(mosaic_gpu, "_ROW_BLOCKS", 3)
     monkeypatch.setattr(tilings, "pick", lambda op, *_: Tiling(stages=5, pieces=2, blocks=2))
     sizes = np.array([20, 0, 37], np.int32)
-    args = operands(sizes, 64, 64, 64)
+    args = operands(sizes, 64, 64, F)
     scale = jnp.linspace(0.1, 1.0, 64) if scaled else None
     got = interpreted(
-        lambda: value_and_gradients.__wrapped__(*args, jnp.asarray(sizes), "silu", "mosaic_gpu", scale), capfd
+        lambda: value_and_gradients.__wrapped__(*args, jnp.asarray(sizes), "silu", "mosaic_gpu", scale, tail), capfd
     )
+    if not tail:
+        got = [a.at[57:].set(0) if a.shape[0] == 64 else a for a in got]
     assert_close(got, exact(*args, sizes, "silu", scale), 6e-3)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize(("F", "scaled"), [(128, True), (384, False)])
+def test_activation_gradients_interpreted(activation, F, scaled, capfd, monkeypatch):
+    """What the plain pass gives, over three blocks of one or two rows each, and NaN past them."""
+    monkeypatch.setattr(mosaic_gpu, "_ROW_BLOCKS", 3)
+    rng = np.random.default_rng(0)
+    a, b, grad = (jnp.asarray(rng.normal(size=(8, F)), jnp.bfloat16).at[5:].set(jnp.nan) for _ in range(3))
+    scale = jnp.linspace(-1.0, 2.0, 8) if scaled else None
+    metadata = group_metadata(jnp.array([4, 0, 1], jnp.int32), 8, tail=False)
+    got = interpreted(lambda: mosaic_gpu.gradients(activation, a, b, grad, metadata, scale), capfd)
+
+    def plain(a, b, scale):
+        return ACTIVATIONS[activation](a) * b * scale[:, None]
+
+    real = [x[:5].astype(jnp.float32) for x in (a, b, grad)]
+    hidden, pull = jax.vjp(plain, *real[:2], scale[:5] if scaled else jnp.ones(5))
+    assert len(got) == 3 + scaled
+    assert_close([x[:5] for x in got], [np.asarray(x, np.float64) for x in (hidden, *pull(real[2]))[: len(got)]], 4e-3)
 
 
 def test_the_hopper_kernels_lower():
@@ -163,17 +189,17 @@ def test_the_hopper_kernels_lower():
 
     @jax.jit
     def both(rows, gate, up, sizes, scale):
-        metadata = group_metadata(sizes, 1000)
-        _, a, b = mosaic_gpu.hidden("silu", rows, gate, up, metadata, keep=True, scale=scale)
-        return mosaic_gpu.dlhs((a, b), (gate, up), metadata)
+        metadata = group_metadata(sizes, 1000, tail=False)
+        hidden, a, b = mosaic_gpu.hidden("silu", rows, gate, up, metadata, keep=True, scale=scale)
+        _, *grads, _ = mosaic_gpu.gradients("silu", a, b, hidden, metadata, scale)
+        return mosaic_gpu.dlhs(grads, (gate, up), metadata)
 
     traced = both.trace(
-        bf16((1000, 256)), bf16((4, 256, 192)), bf16((4, 256, 192)), jax.ShapeDtypeStruct((4,), jnp.int32),
+        bf16((1000, 256)), bf16((4, 256, 128)), bf16((4, 256, 128)), jax.ShapeDtypeStruct((4,), jnp.int32),
         jax.ShapeDtypeStruct((1000,), jnp.float32),
     )  # fmt: skip
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "gated_ffn_hidden" in text
-    assert "gated_ffn_dlhs" in text
+    assert all(f"gated_ffn_{name}" in text for name in ("hidden", "gradients", "dlhs"))
 
 
 @pytest.mark.parametrize("spare", [0, SPARE])
