@@ -176,6 +176,7 @@ def layer(mesh, name: str) -> None:
             return y, jnp.int32(0) if lost is None else lost
 
         y, pull, lost = jax.vjp(run, x, decision.weights, weights, has_aux=True)
+        y, grad = lax.optimization_barrier((y, grad))  # the backward pass comes after the forward one
         return y, lost, pull(grad)
 
     alone = jax.jit(functools.partial(passes, num_experts=E // S))

@@ -23,6 +23,9 @@ from moejax.work import Work, sorted_mixture
 from pallas_kernels import remote_exchange
 from pallas_kernels.grouped_matmul import SPARE
 
+# Multiprocessors that gradients of weights leave to the exchange: with enough reads under way to be done before them.
+_ASIDE = 8
+
 
 def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, factor: float | None, chunks: int):
     """x (B, L, D), a decision with leading axis B and weights of E/S experts, of one device -> (y (B, L, D), overflow).
@@ -30,9 +33,11 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
     overflow (1,) i32: choices without room; None for gather. UserError where the tokens don't divide by `chunks`, and
     where `factor` leaves a chunk less than one row.
     """
+    beside = SPARE if chunks > 1 else 0
     # room for more rows than come, as a rule, and nobody reads the rest
-    work = dataclasses.replace(work, spare=SPARE if chunks > 1 else 0, tail=False)
-    run = WAYS[way](weights, num_experts, work, factor, chunks > 1)
+    aside = _ASIDE if way == "remote" and not beside else 0
+    work = dataclasses.replace(work, spare=beside, tail=False, aside=aside)
+    run = WAYS[way](weights, num_experts, work, factor, beside)
     results = pipelined(run, split(x, decision, chunks))
     y = jnp.concatenate([y.reshape(-1, x.shape[-1]) for y, _ in results]).reshape(x.shape)
     lost = [lost for _, lost in results if lost is not None]
@@ -114,13 +119,13 @@ def pipelined(way: "Way", parts: list) -> list[tuple[jax.Array, jax.Array | None
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way of exchange, with what all its chunks share; beside: whether something is to run beside the exchange."""
+    """One way of exchange, with what all its chunks share; beside: multiprocessors that it has beside the experts."""
 
     weights: dict[str, jax.Array]
     num_experts: int
     apply: Work
     factor: float | None = None
-    beside: bool = False
+    beside: int = 0
 
     @property
     def mine(self) -> int:
@@ -226,8 +231,10 @@ class Remote(Way):
             return tokens, exchange.routes(flat, self.mine, self.devices, room)
 
     def send(self, out, state):
+        # the gradient's way home has the gradients of weights beside it
+        back = self.beside or (self.apply.aside if self.apply.gates_inside(out, self.weights) else 0)
         with jax.named_scope("exchange"):
-            return remote_exchange.send(out, state[0], axis=exchange.AXIS, beside=self.beside)
+            return remote_exchange.send(out, state[0], axis=exchange.AXIS, beside=self.beside, back_beside=back)
 
     def work(self, came, state):
         return sorted_mixture(came, state[1], self.weights, self.mine, self.apply, came.dtype)

@@ -13,12 +13,12 @@ def install(monkeypatch) -> None:
     monkeypatch.setattr(mosaic_gpu, "collect", collect)
 
 
-def send(x, source, starts, axis, beside=False):
+def send(x, source, starts, axis, beside=0):
     """(T, D), (R,) -> (R, D); NaN where nothing comes, which nothing may read."""
     return lax.all_gather(x, axis, tiled=True).at[source].get(mode="fill", fill_value=jnp.nan)
 
 
-def collect(y, places, axis, beside=False):
+def collect(y, places, axis, beside=0):
     """(R, D), (T, S) -> (T, D)."""
     everyone = lax.all_gather(y, axis)
     found = [everyone[s].at[places[:, s]].get(mode="fill", fill_value=0) for s in range(places.shape[1])]

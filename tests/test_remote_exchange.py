@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import remote_exchange
+from pallas_kernels.grouped_matmul import SPARE
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.remote_exchange import mosaic_gpu
 
@@ -123,7 +124,7 @@ def operands(devices: int, tokens: int, width: int, rows: int, dtype):
     return x, y, experts
 
 
-def there_and_back(x, y, experts, beside=False):
+def there_and_back(x, y, experts, beside=0):
     """What comes, what of it is real, and sums at home."""
     devices, rows = jax.lax.axis_size("expert"), y.shape[0]
     everyone = jax.lax.all_gather(experts, "expert", tiled=True)
@@ -134,13 +135,12 @@ def there_and_back(x, y, experts, beside=False):
 
 
 @pytest.mark.parametrize(
-    ("width", "dtype", "aside"), [(128, jnp.float32, False), (384, jnp.bfloat16, False), (384, jnp.bfloat16, True)]
+    ("width", "dtype", "aside"), [(128, jnp.float32, 0), (384, jnp.bfloat16, 0), (384, jnp.bfloat16, 3)]
 )
 def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch):
     """It knows no remote references and no semaphores: here every device's memory is its own. Three blocks and two or
-    more pieces a row, so that blocks take several pieces of several rows. aside: two warpgroups a block."""
+    more pieces a row, so that blocks take several pieces of several rows. aside: of two warpgroups each."""
     monkeypatch.setattr(mosaic_gpu, "BLOCKS", 3)
-    monkeypatch.setattr(mosaic_gpu, "SPARE", 3)
     monkeypatch.setattr(mosaic_gpu, "_BESIDE", 2)
     monkeypatch.setattr(mosaic_gpu, "_WIDEST", 256)
     monkeypatch.setattr(plgpu, "remote_ref", lambda ref, device: ref)
@@ -180,7 +180,7 @@ def test_beside_products_they_lower_for_a_stream_of_their_own(monkeypatch):
     x, y, experts = operands(4, 64, 256, 128, jnp.bfloat16)
 
     def run(x, y, experts):
-        return jax.vjp(lambda x, y: there_and_back(x, y, experts, beside=True)[::2], x, y)[1]((y, x))
+        return jax.vjp(lambda x, y: there_and_back(x, y, experts, beside=SPARE)[::2], x, y)[1]((y, x))
 
     text = over(4)(run).trace(x, y, experts).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r'call @compute_on.*_xla_stream_annotation = "1", inlineable = "false"', text)
@@ -199,7 +199,7 @@ def test_on_the_gpus_of_a_host(tokens, width, rows, monkeypatch):
     for _ in range(2):
         again = over(devices)(there_and_back)(*args)
         assert all((a == b).all() for a, b in zip(got, again, strict=True))
-    aside = over(devices)(functools.partial(there_and_back, beside=True))(*args)
+    aside = over(devices)(functools.partial(there_and_back, beside=SPARE))(*args)
     assert all((a == b).all() for a, b in zip(got, aside, strict=True))
     emulated_remote.install(monkeypatch)
     wanted = over(devices)(there_and_back)(*args)
@@ -211,7 +211,7 @@ def test_on_the_gpus_of_a_host(tokens, width, rows, monkeypatch):
 def test_on_one_gpu_rows_are_exchanged_with_itself(monkeypatch):
     """By references that aren't remote; on a stream of their own too, by blocks of several warpgroups."""
     args = operands(1, 300, 2048, 400, jnp.bfloat16)
-    got = [over(1)(functools.partial(there_and_back, beside=beside))(*args) for beside in (False, True)]
+    got = [over(1)(functools.partial(there_and_back, beside=beside))(*args) for beside in (0, SPARE)]
     emulated_remote.install(monkeypatch)
     wanted = over(1)(there_and_back)(*args)
     for each in got:

@@ -3,12 +3,14 @@
 Letters: M rows, E groups (experts), D and F the widths outside and inside.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from pallas_kernels.combine import combine, spread
 from pallas_kernels.gated_ffn import mosaic_gpu
 from pallas_kernels.grouped_matmul import GroupMetadata, group_metadata, grouped_matmul, named, pick
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
@@ -29,6 +31,8 @@ def gated_ffn(
     *,
     activation: str = "silu",
     scale: jax.Array | None = None,
+    slot: jax.Array | None = None,
+    aside: int = 0,
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -40,27 +44,32 @@ def gated_ffn(
     Once and in reverse mode, as `grouped_matmul`.
 
     scale (M,) f32 multiplies each row of what goes into `down`, before it is rounded: a gate applied so needs no result
-    of `down` for its gradient. metadata: `group_metadata(group_sizes, M)`. implementation: of `grouped_matmul`; with
-    "mosaic_gpu" the products with gate and up and the activation are one kernel, which stores the two products only for
-    a backward pass, and the gradient of rows another; with any other, plain products. What products give has the
-    checkpoint name "experts", for `jax.checkpoint` to keep.
+    of `down` for its gradient. slot (T, K) i32: rows are x (T, D), to be spread to M = T·K rows (`combine.spread`).
+    With "mosaic_gpu" a backward pass then makes x's gradient before those of gate and up, which leave `aside`
+    multiprocessors, an even number, to what is done with it meanwhile. metadata: `group_metadata(group_sizes, M)`.
+    implementation: of `grouped_matmul`; with "mosaic_gpu" the products with gate and up and the activation are one
+    kernel, which stores the two products only for a backward pass, and the gradient of rows another; with any other,
+    plain products. What products give has the checkpoint name "experts", for `jax.checkpoint` to keep.
 
     Raises ValueError for shapes, dtypes or an activation that don't fit, NotImplementedError as `grouped_matmul`.
     """
     rows, gate, up, down, group_sizes = (jnp.asarray(a) for a in (rows, gate, up, down, group_sizes))
     _check(rows, gate, up, down, group_sizes, activation)
+    M = rows.shape[0] if slot is None else slot.size
     scale = None if scale is None else jnp.asarray(scale)
-    if scale is not None and (scale.shape != rows.shape[:1] or scale.dtype != jnp.float32):
-        raise ValueError(f"gated_ffn: scale must be float32 ({rows.shape[0]},); got {scale.dtype}{list(scale.shape)}")
-    name = named(implementation, rows, gate) if implementation else pick(rows, gate)
-    if 0 in (*rows.shape, *gate.shape):
-        return vary_alike(jnp.zeros(rows.shape, rows.dtype), rows, gate)[0]
+    if scale is not None and (scale.shape != (M,) or scale.dtype != jnp.float32):
+        raise ValueError(f"gated_ffn: scale must be float32 ({M},); got {scale.dtype}{list(scale.shape)}")
+    some = jax.ShapeDtypeStruct((M, rows.shape[1]), rows.dtype)
+    name = named(implementation, some, gate) if implementation else pick(some, gate)
+    if 0 in (*some.shape, *gate.shape):
+        return vary_alike(jnp.zeros(some.shape, rows.dtype), rows, gate)[0]
     if metadata is None:
-        metadata = group_metadata(group_sizes, rows.shape[0])
+        metadata = group_metadata(group_sizes, M)
     check_metadata("gated_ffn", metadata, group_sizes)
     if name == "mosaic_gpu":
-        out = _block(activation, *vary_alike(rows, gate, up, down, scale, group_sizes, metadata))
+        out = _block(activation, aside, *vary_alike(rows, slot, gate, up, down, scale, group_sizes, metadata))
     else:
+        rows = rows if slot is None else spread(rows, slot, M)
         product = functools.partial(
             grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation
         )
@@ -96,30 +105,44 @@ def _gated(activation, a, b, scale):
     return gated.astype(a.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _block(activation, rows, gate, up, down, scale, group_sizes, metadata):
-    (hidden,) = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=False, scale=scale)
-    return products.forward(hidden, down, group_sizes, metadata, False, rows.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _block(activation, aside, x, slot, gate, up, down, scale, group_sizes, metadata):
+    (hidden,) = mosaic_gpu.hidden(activation, _rows(x, slot), gate, up, metadata, keep=False, scale=scale)
+    return products.forward(hidden, down, group_sizes, metadata, False, x.dtype)
 
 
-def _block_forward(activation, rows, gate, up, down, scale, group_sizes, metadata):
+def _rows(x, slot):
+    """Kept by their name, so that the results of `down` needn't be."""
+    with jax.named_scope("dispatch"):
+        return x if slot is None else checkpoint_name(spread(x, slot, slot.size), "experts")
+
+
+def _block_forward(activation, aside, x, slot, gate, up, down, scale, group_sizes, metadata):
+    rows = _rows(x, slot)
     hidden, *kept = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True, scale=scale)
     a, b = (checkpoint_name(x, "experts") for x in kept)
     out = products.forward(hidden, down, group_sizes, metadata, False, rows.dtype)
-    return out, (rows, gate, up, down, scale, group_sizes, metadata, a, b)
+    return out, (rows, slot, gate, up, down, scale, group_sizes, metadata, a, b)
 
 
-def _block_backward(activation, residuals, grad):
-    rows, gate, up, down, scale, group_sizes, metadata, a, b = residuals
+def _block_backward(activation, aside, residuals, grad):
+    rows, slot, gate, up, down, scale, group_sizes, metadata, a, b = residuals
     grad = grad.astype(rows.dtype)
     dhidden = products.forward(grad, down, group_sizes, metadata, True, rows.dtype)
     # What went into down isn't kept: the elementwise pass that has a and b at hand gives it again.
     hidden, *grads, dscale = _activation_gradients(activation, a, b, scale, dhidden, metadata)
-    weight_gradient = functools.partial(products.drhs, group_sizes=group_sizes, metadata=metadata, out_dtype=gate.dtype)
-    ddown = weight_gradient(hidden, grad)
-    drows = mosaic_gpu.dlhs(grads, (gate, up), metadata)
-    dgate, dup = (weight_gradient(rows, each) for each in grads)
-    return drows, dgate, dup, ddown, dscale, None, None
+    weight_gradient = functools.partial(products.drhs, group_sizes=group_sizes, out_dtype=gate.dtype)
+    ddown = weight_gradient(hidden, grad, metadata=metadata)
+    if slot is not None:  # a kernel that leaves no room would wait for what has x's gradient
+        ddown, *grads = jax.lax.optimization_barrier((ddown, *grads))
+    dx = mosaic_gpu.dlhs(grads, (gate, up), metadata)
+    if slot is not None:
+        with jax.named_scope("dispatch"):
+            dx = combine(dx, slot, None)
+        dx, rows, *grads = jax.lax.optimization_barrier((dx, rows, *grads))
+        metadata = dataclasses.replace(metadata, spare=max(metadata.spare, aside))
+    dgate, dup = (weight_gradient(rows, each, metadata=metadata) for each in grads)
+    return dx, None, dgate, dup, ddown, dscale, None, None
 
 
 def _activation_gradients(activation, a, b, scale, dhidden, metadata):

@@ -5,9 +5,9 @@
 Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, R rows that a device has
 room for. A token with several experts on one device goes there once.
 
-`send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient. With `beside` they
-run on a stream of their own, in the room that expert products with as many multiprocessors to spare leave them
-(`grouped_matmul.SPARE`), and so do their gradients.
+`send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient. With `beside`, a
+number of multiprocessors, they run on a stream of their own, in the room that expert products with as many to spare
+leave them (`grouped_matmul.SPARE`); 0 takes all there are, in the order of the program.
 """
 
 import dataclasses
@@ -67,19 +67,20 @@ def arrivals(going: jax.Array, rows: int) -> jax.Array:
     return jnp.where(going & (before < rows), before, rows)
 
 
-def send(x: jax.Array, routes: Routes, *, axis: str, beside: bool = False) -> jax.Array:
+def send(x: jax.Array, routes: Routes, *, axis: str, beside: int = 0, back_beside: int | None = None) -> jax.Array:
     """x (T, D) -> (R, D): the rows that all devices have for this one, `routes.source` of all tokens.
 
-    Rows past those are undefined: they hold what the memory held. Differentiable in x. Raises NotImplementedError where
-    `why_not` has a reason.
+    Rows past those are undefined: they hold what the memory held. Differentiable in x, by a `collect` beside what
+    `back_beside` says, by default as `beside`. Raises NotImplementedError where `why_not` has a reason.
     """
     if x.shape[:1] != routes.places.shape[:1]:
         raise ValueError(f"send: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
     _check("send", x, routes, axis)
-    return _send(axis, beside, *vary_alike(x, routes))
+    back = beside if back_beside is None else back_beside
+    return _send(axis, (beside, back), *vary_alike(x, routes))
 
 
-def collect(y: jax.Array, routes: Routes, *, axis: str, beside: bool = False) -> jax.Array:
+def collect(y: jax.Array, routes: Routes, *, axis: str, beside: int = 0) -> jax.Array:
     """y (R, D) -> (T, D): Σ_s y of device s [places[:, s]], in float32 over s in order, in y's dtype at the end.
 
     Tokens that went nowhere come out zero. Differentiable in y; the gradient of rows past those that came is undefined,
@@ -103,12 +104,12 @@ def _run(function, axis, beside, *args):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _send(axis, beside, x, routes):
-    return _run(mosaic_gpu.send, axis, beside, x, routes.source, routes.starts)
+    return _run(mosaic_gpu.send, axis, beside[0], x, routes.source, routes.starts)
 
 
 _send.defvjp(
     lambda axis, beside, x, routes: (_send(axis, beside, x, routes), routes),
-    lambda axis, beside, routes, grad: (_run(mosaic_gpu.collect, axis, beside, grad, routes.places), None),
+    lambda axis, beside, routes, grad: (_run(mosaic_gpu.collect, axis, beside[1], grad, routes.places), None),
 )
 
 

@@ -9,13 +9,14 @@ takes back memory that is being read. Only one block ever waits: blocks that hav
 waited for in vain, and other kernels, NCCL's too, find room beside it.
 
 Beside expert products (`beside`) the kernels go to a stream of their own, one after another, and take no more room than
-products leave: `SPARE` blocks of eight warpgroups, whose 1024 threads fill a multiprocessor's registers together, so
-that there is one on each. As many small blocks would lie one or two on every multiprocessor, and products that come
-after them would find none of their own. Why nobody waits forever: a kernel of products never waits for an exchange
-while it runs (its stream does, before it starts), so it ends whatever else there is, and leaves room; of an exchange's
-blocks only block 0 waits, for blocks that read and end without waiting; and all devices run one program, so that of the
-exchanges and of XLA's own collectives the first in its order that isn't done everywhere waits for no other one. Were
-there no room at all on one device, block 0 of the others would stay until the products there end, and no longer.
+products leave: as many blocks as multiprocessors, of eight warpgroups, whose 1024 threads fill a multiprocessor's
+registers together, so that there is one on each. As many small blocks would lie one or two on every multiprocessor, and
+products that come after them would find none of their own. Why nobody waits forever: a kernel of products never waits
+for an exchange while it runs (its stream does, before it starts), so it ends whatever else there is, and leaves room;
+of an exchange's blocks only block 0 waits, for blocks that read and end without waiting; and all devices run one
+program, so that of the exchanges and of XLA's own collectives the first in its order that isn't done everywhere waits
+for no other one. Were there no room at all on one device, block 0 of the others would stay until the products there
+end, and no longer.
 
 Limits: Hopper; the devices of one process; bfloat16, float16 or float32; D a multiple of 128.
 """
@@ -30,7 +31,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.compute_on import compute_on
 
-from pallas_kernels.grouped_matmul import SPARE
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.vary import vary_alike
 
@@ -51,7 +51,7 @@ def why_not(rows) -> str | None:
     return None if jax.process_count() == 1 else "it needs all devices in one process, on one host"
 
 
-def send(x, source, starts, axis, beside=False):
+def send(x, source, starts, axis, beside=0):
     """(T, D), (R,), (S + 1,) -> (R, D): row source of all devices' tokens, where starts says what comes from whom.
 
     One row from each device in turn: in order, all devices would read from the first one together, then from the next.
@@ -76,7 +76,7 @@ def send(x, source, starts, axis, beside=False):
     return _call("send_rows", move, rows, S * min(R, T), width, axis, beside, shape, source, starts, x)
 
 
-def collect(y, places, axis, beside=False):
+def collect(y, places, axis, beside=0):
     """(R, D), (T, S) -> (T, D): the sum of rows `places` of the devices, in float32."""
     (R, D), (T, S) = y.shape, places.shape
     width = _width(D, jnp.float32)
@@ -135,7 +135,7 @@ def _call(name, move, rows, most, width, axis, beside, shape, *args):
     """`move` for every piece of `width` columns of rows(…) ≤ most rows, then word to all devices that it is done."""
     chunks, S = shape.shape[1] // width, lax.axis_size(axis)
     side = _BESIDE if beside else 1  # warpgroups of a block, each of which takes pieces in turn
-    blocks = min(SPARE if beside else BLOCKS, pl.cdiv(most * chunks, side))
+    blocks = min(beside or BLOCKS, pl.cdiv(most * chunks, side))
     workers = blocks * side
 
     def body(*refs):

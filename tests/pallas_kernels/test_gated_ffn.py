@@ -64,11 +64,11 @@ def exact(rows, gate, up, down, grad, sizes, activation, scale=None):
 
 @functools.partial(jax.jit, static_argnames=("activation", "implementation", "tail"))
 def value_and_gradients(
-    rows, gate, up, down, grad, sizes, activation="silu", implementation=None, scale=None, tail=True
+    rows, gate, up, down, grad, sizes, activation="silu", implementation=None, scale=None, slot=None, tail=True
 ):
     def block(rows, gate, up, down, *scale):
-        metadata = group_metadata(sizes, rows.shape[0], tail=tail)
-        options = {"activation": activation, "implementation": implementation, "metadata": metadata}
+        metadata = group_metadata(sizes, grad.shape[0], tail=tail)
+        options = {"activation": activation, "implementation": implementation, "metadata": metadata, "slot": slot}
         return gated_ffn(rows, gate, up, down, sizes, scale=scale[0] if scale else None, **options)
 
     out, pull = jax.vjp(block, rows, gate, up, down, *(() if scale is None else (scale,)))
@@ -146,21 +146,36 @@ def test_dlhs_interpreted(sizes, D, blocks, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scaled", "tail", "F"), [(False, True, 64), (True, False, 128)])
-def test_the_block_interpreted(scaled, tail, F, capfd, monkeypatch):
-    """The value and all gradients, through the public function; without a tail nothing is said of the last 7 rows."""
+def test_the_block_interpreted(capfd, monkeypatch):
+    """The value and all gradients, through the public function, without a scale; with one in the next test."""
     monkeypatch.setattr(products, "_hopper", lambda: True)
-    monkeypatch.setattr(mosaic_gpu, "_ROW_BLOCKS", 3)
     monkeypatch.setattr(tilings, "pick", lambda op, *_: Tiling(stages=5, pieces=2, blocks=2))
     sizes = np.array([20, 0, 37], np.int32)
-    args = operands(sizes, 64, 64, F)
-    scale = jnp.linspace(0.1, 1.0, 64) if scaled else None
-    got = interpreted(
-        lambda: value_and_gradients.__wrapped__(*args, jnp.asarray(sizes), "silu", "mosaic_gpu", scale, tail), capfd
-    )
-    if not tail:
-        got = [a.at[57:].set(0) if a.shape[0] == 64 else a for a in got]
-    assert_close(got, exact(*args, sizes, "silu", scale), 6e-3)
+    args = operands(sizes, 64, 64, 64)
+    got = interpreted(lambda: value_and_gradients.__wrapped__(*args, jnp.asarray(sizes), "silu", "mosaic_gpu"), capfd)
+    assert_close(got, exact(*args, sizes, "silu"), 6e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mosaic_gpu", "blocks"])
+def test_the_block_of_tokens_interpreted(name, capfd, monkeypatch):
+    """16 tokens of up to 4 rows; without a tail nothing is said of the last 7 of 64 rows, which are nobody's."""
+    monkeypatch.setattr(products, "_hopper", lambda: name == "mosaic_gpu")
+    monkeypatch.setattr(mosaic_gpu, "_ROW_BLOCKS", 3)
+    monkeypatch.setattr(tilings, "pick", lambda op, *_: Tiling(stages=5, pieces=2, blocks=2))
+    sizes, T = np.array([20, 0, 37], np.int32), 16
+    row = np.random.default_rng(1).permutation(64)
+    token = np.argsort(row) // 4  # of each row
+    slot = jnp.asarray(np.where(row < 57, row, 64).reshape(T, 4), jnp.int32)
+    x, *weights, _ = operands([T], T, 64, 128)[:1] + operands(sizes, 64, 64, 128)[1:]
+    grad, scale = operands(sizes, 64, 64, 128)[-1], jnp.linspace(0.1, 1.0, 64)
+    args = x, *weights, grad, jnp.asarray(sizes), "silu", name, scale, slot, False
+    out, dx, *others, dscale = interpreted(lambda: value_and_gradients.__wrapped__(*args), capfd)
+    want, drows, *gradients = exact(x[token], *weights, grad, sizes, "silu", scale)
+    of_token = np.zeros((T, 64))
+    np.add.at(of_token, token[:57], drows[:57])
+    got = out.at[57:].set(0), dx, *others, dscale.at[57:].set(0)
+    assert_close(got, (want, of_token, *gradients), 6e-3)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
@@ -202,25 +217,29 @@ def test_the_hopper_kernels_lower():
     assert all(f"gated_ffn_{name}" in text for name in ("hidden", "gradients", "dlhs"))
 
 
-@pytest.mark.parametrize("spare", [0, SPARE])
-def test_forward_and_backward_leave_multiprocessors_to_spare(spare, monkeypatch):
-    """Every kernel of a layer has 132 blocks, or as many fewer."""
+@pytest.mark.parametrize(("spare", "aside"), [(0, 0), (SPARE, 0), (0, 8)])
+def test_forward_and_backward_leave_multiprocessors_to_spare(spare, aside, monkeypatch):
+    """Every kernel of a layer has 132 blocks, or as many fewer; those after the tokens' gradient fewer by `aside`."""
     monkeypatch.setattr(products, "_hopper", lambda: True)
     blocks, launch = [], hopper.launch
     monkeypatch.setattr(hopper, "launch", lambda name, body, t, *args, **options: blocks.append((name, t.blocks)) or (
         launch(name, body, t, *args, **options)))  # fmt: skip
 
+    slot = jnp.zeros((500, 2), jnp.int32) if aside else None
+
     def block(rows, gate, up, down, sizes):
-        metadata = group_metadata(sizes, 1000, spare)
-        return gated_ffn(rows, gate, up, down, sizes, metadata=metadata, implementation="mosaic_gpu").sum()
+        options = {"metadata": group_metadata(sizes, 1000, spare), "slot": slot, "aside": aside}
+        return gated_ffn(rows, gate, up, down, sizes, implementation="mosaic_gpu", **options).sum()
 
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     weights = bf16((4, 256, 192)), bf16((4, 256, 192)), bf16((4, 192, 256))
-    jax.eval_shape(jax.grad(block, argnums=(0, 1, 2, 3)), bf16((1000, 256)), *weights, jnp.zeros(4, jnp.int32))
+    rows = bf16((500 if aside else 1000, 256))
+    jax.eval_shape(jax.grad(block, argnums=(0, 1, 2, 3)), rows, *weights, jnp.zeros(4, jnp.int32))
     assert {name for name, _ in blocks} == {
         "gated_ffn_hidden", "gated_ffn_dlhs", "grouped_matmul", "grouped_matmul_drhs",
     }  # fmt: skip
-    assert {count for _, count in blocks} == {132 - spare}
+    *most, dgate, dup = (count for _, count in blocks)
+    assert {*most} == {132 - spare} and dgate == dup == 132 - spare - aside
 
 
 def test_the_block_lowers_inside_shard_map(monkeypatch):
