@@ -35,8 +35,7 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
     """
     beside = SPARE if chunks > 1 else 0
     # room for more rows than come, as a rule, and nobody reads the rest
-    aside = _ASIDE if way == "remote" and not beside else 0
-    work = dataclasses.replace(work, spare=beside, tail=False, aside=aside)
+    work = dataclasses.replace(work, spare=beside, tail=False, aside=_ASIDE)
     run = WAYS[way](weights, num_experts, work, factor, beside)
     results = pipelined(run, split(x, decision, chunks))
     y = jnp.concatenate([y.reshape(-1, x.shape[-1]) for y, _ in results]).reshape(x.shape)
@@ -219,7 +218,11 @@ class AllToAll(Way):
 
 class Remote(Way):
     """Each token goes once to every device with experts for it, where its rows are summed with their gates in float32;
-    the sums come back in x's dtype and are summed in float32 at home."""
+    the sums come back in x's dtype and are summed in float32 at home.
+
+    Where experts' own kernel applies the gates, rows are sorted by expert as they come, and the way home of the tokens'
+    gradient has gradients of weights beside it.
+    """
 
     def plan(self, x, decision):
         tokens = x.reshape(-1, x.shape[-1])
@@ -228,20 +231,31 @@ class Remote(Way):
         # a token is one row here, however many of mine it chose
         room = exchange.rows_received(self.factor, T, K, self.devices * T)
         with jax.named_scope("dispatch"):
-            return tokens, exchange.routes(flat, self.mine, self.devices, room)
+            routes, came = exchange.routes(flat, self.mine, self.devices, room)
+            sorts = not self.beside and self.apply.gates_inside(tokens, self.weights)
+            return tokens, (routes, came, dispatch.plan(came, self.mine) if sorts else None)
 
     def send(self, out, state):
-        # the gradient's way home has the gradients of weights beside it
-        back = self.beside or (self.apply.aside if self.apply.gates_inside(out, self.weights) else 0)
+        routes, _, plan = state
         with jax.named_scope("exchange"):
-            return remote_exchange.send(out, state[0], axis=exchange.AXIS, beside=self.beside, back_beside=back)
+            if plan is None:
+                return remote_exchange.send(out, routes, axis=exchange.AXIS, beside=self.beside)
+            return remote_exchange.send_spread(out, routes, plan.slot, axis=exchange.AXIS, back_beside=self.apply.aside)
 
     def work(self, came, state):
-        return sorted_mixture(came, state[1], self.weights, self.mine, self.apply, came.dtype)
+        _, decision, plan = state
+        if plan is None:
+            return sorted_mixture(came, decision, self.weights, self.mine, self.apply, came.dtype)
+        rows, tokens = came
+        spread = {"slot": plan.slot, "spread_rows": rows}
+        return self.apply.experts(tokens, self.weights, plan.group_sizes, plan.weight, **spread)
 
     def fetch(self, done, state):
+        routes, _, plan = state
         with jax.named_scope("exchange"):
-            return remote_exchange.collect(done, state[0], axis=exchange.AXIS, beside=self.beside)
+            if plan is None:
+                return remote_exchange.collect(done, routes, axis=exchange.AXIS, beside=self.beside)
+            return remote_exchange.combine_collect(done, routes, plan.slot, axis=exchange.AXIS)
 
     def finish(self, home, state):
         return home, state[0].overflow

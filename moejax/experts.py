@@ -35,6 +35,7 @@ def gated_ffn(
     activation: str = "silu",
     scale: Array | None = None,
     slot: Array | None = None,
+    spread_rows: Array | None = None,
     aside: int = 0,
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
@@ -46,7 +47,7 @@ def gated_ffn(
     rows (R, D) sorted by expert; gate, up (E, D, F) and down (E, F, D) of rows' dtype; group_sizes (E,) i32. Returns
     (R, D), zeros past the sum of group_sizes; those rows are never read. Products are summed in float32 and rounded to
     rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; slot (T, K) i32, of tokens in place of rows,
-    and aside: see the kernels' `gated_ffn`; all three only where `takes_scale`. metadata:
+    spread_rows and aside: see the kernels' `gated_ffn`; all only where `takes_scale`. metadata:
     `group_metadata(group_sizes, R)`, shared by the six products of forward and backward. implementation: of
     `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products. spare and tail: of
     `group_metadata`, where none is given.
@@ -60,7 +61,8 @@ def gated_ffn(
         if name == "mosaic_gpu":
             return kernels.gated_ffn(
                 rows, gate, up, down, group_sizes,
-                activation=activation, scale=scale, slot=slot, aside=aside, metadata=metadata, implementation=name,
+                activation=activation, scale=scale, slot=slot, spread_rows=spread_rows, aside=aside,
+                metadata=metadata, implementation=name,
             )  # fmt: skip
         assert scale is None and slot is None, f"{name} takes neither"
         if rows.shape[0] and name == "blocks":

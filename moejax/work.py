@@ -25,14 +25,14 @@ class Work:
     tail: bool = True
     aside: int = 0
 
-    def experts(self, rows, weights, group_sizes, scale=None, slot=None):
-        """(R, D) sorted by expert -> (R, D); with slot, tokens (T, D) -> (R, D)."""
+    def experts(self, rows, weights, group_sizes, scale=None, **spread):
+        """(R, D) sorted by expert -> (R, D); spread: slot and spread_rows of `experts.gated_ffn`."""
         with jax.named_scope("experts"):
             if self.apply is not None:
                 return self.apply(rows, weights, group_sizes)
             gate, up, down = (weights[name] for name in ("gate", "up", "down"))
             return experts.gated_ffn(
-                rows, gate, up, down, group_sizes, scale=scale, slot=slot, aside=self.aside,
+                rows, gate, up, down, group_sizes, scale=scale, **spread, aside=self.aside,
                 implementation=self.implementation, spare=self.spare, tail=self.tail,
             )  # fmt: skip
 
@@ -45,14 +45,12 @@ def sorted_mixture(tokens, decision, weights, num_experts, work, dtype):
     """Σ_k weight · expert(token) for tokens (T, D) and a flat decision over `weights`' experts; (T, D) in `dtype`."""
     with jax.named_scope("dispatch"):
         plan = dispatch.plan(decision, num_experts)
-    if plan.slot is not None and work.gates_inside(tokens, weights):
-        if work.aside:
-            rows = work.experts(tokens, weights, plan.group_sizes, plan.weight, plan.slot)
-        else:  # kept in the room of the results that needn't be
-            rows = checkpoint_name(dispatch.gather(tokens, plan), "experts")
-            rows = work.experts(rows, weights, plan.group_sizes, plan.weight)
+        rows = dispatch.gather(tokens, plan)
+    if plan.slot is not None and work.gates_inside(rows, weights):
+        rows = checkpoint_name(rows, "experts")  # kept in the room of the results that needn't be
+        rows = work.experts(rows, weights, plan.group_sizes, plan.weight)
         plan = dataclasses.replace(plan, weight=None)
     else:
-        rows = work.experts(dispatch.gather(tokens, plan), weights, plan.group_sizes)
+        rows = work.experts(rows, weights, plan.group_sizes)
     with jax.named_scope("combine"):
         return dispatch.combine(rows.astype(dtype), plan, tokens.shape[0])

@@ -13,10 +13,23 @@ import pytest
 import small
 from jax.ad_checkpoint import print_saved_residuals
 
-from moejax import config_checks, exchange, expert_parallel, optimizer, routing_stats, sharding, train_step
+from moejax import (
+    config_checks,
+    exchange,
+    exchanged,
+    expert_parallel,
+    experts,
+    optimizer,
+    routing_stats,
+    sharding,
+    train_step,
+)  # fmt: skip
 from moejax.errors import UserError
 from moejax.models.lm import LM
 from moejax.routing import ExpertChoice, Routing
+from moejax.work import Work
+from pallas_kernels import gated_ffn as kernels
+from pallas_kernels import remote_exchange
 
 B, L, D, F, E, K = 8, 4, 8, 16, 8, 2
 
@@ -88,6 +101,28 @@ def test_every_way_equals_the_dense_oracle_in_values_and_gradients(way, sizes, k
         (_, y), grads = layer(*arguments)
     assert small.largest_difference(wanted, y) < 1e-5
     assert small.largest_difference(wanted_grads, grads) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["uneven", "one_expert"])
+def test_remote_sorts_rows_as_they_come_where_gates_go_inside(kind, monkeypatch):
+    """As on Hopper GPUs, but for the kernels: what is undefined comes as NaN here."""
+    emulated_remote.install(monkeypatch)
+    send, slots, plain = emulated_remote.send, [], kernels.gated_ffn
+    monkeypatch.setattr(
+        remote_exchange.mosaic_gpu, "send", lambda *a, **options: slots.append(a[3]) or send(*a, **options)
+    )
+    monkeypatch.setattr(experts, "pick", lambda *_: "mosaic_gpu")
+    monkeypatch.setattr(kernels, "gated_ffn", lambda *a, **options: plain(*a, **options | {"implementation": "blocks"}))
+    x, decision, weights = inputs(kind)
+    arguments = (x, decision.weights, weights, decision)
+    (_, wanted), wanted_grads = value_and_gradients(expert_parallel.dense_mixture)(*arguments)
+    run = functools.partial(exchanged.mixture, num_experts=E, work=Work(), way="remote", factor=None, chunks=1)
+    spec = {"in_specs": jax.P("expert"), "out_specs": jax.P("expert")}
+    layer = jax.shard_map(lambda *a: run(*a)[0], mesh=small_mesh({"expert": 4}), **spec)
+    (_, y), grads = value_and_gradients(layer)(*arguments)
+    assert small.largest_difference(wanted, y) < 1e-5
+    assert small.largest_difference(wanted_grads, grads) < 1e-5
+    assert [slot.shape for slot in slots] == [(B * L, K)] * 2  # forward and backward
 
 
 def test_the_collectives_are_the_ones_meant_and_expert_weights_stay():

@@ -134,31 +134,31 @@ def there_and_back(x, y, experts, beside=0):
     return jnp.where(real, came, 0), real, remote_exchange.collect(y, routes, axis="expert", beside=beside)
 
 
-@pytest.mark.parametrize(
-    ("width", "dtype", "aside"), [(128, jnp.float32, 0), (384, jnp.bfloat16, 0), (384, jnp.bfloat16, 3)]
-)
-def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch):
-    """It knows no remote references and no semaphores: here every device's memory is its own. Three blocks and two or
-    more pieces a row, so that blocks take several pieces of several rows. aside: of two warpgroups each."""
-    monkeypatch.setattr(mosaic_gpu, "BLOCKS", 3)
-    monkeypatch.setattr(mosaic_gpu, "_BESIDE", 2)
-    monkeypatch.setattr(mosaic_gpu, "_WIDEST", 256)
+@pytest.mark.parametrize(("width", "dtype", "aside"), [(128, jnp.float32, 0), (384, jnp.bfloat16, 1)])
+def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch, capfd):
+    """It knows no remote references and no semaphores: here the devices have one memory. A worker, of two or four,
+    takes more pieces of rows than its ring has stages, three to a row of 384."""
+    for limit, value in {"BLOCKS": 2, "_WORKERS": 2, "_STAGE": 1024, "_PIECE": 256}.items():
+        monkeypatch.setattr(mosaic_gpu, limit, value)
     monkeypatch.setattr(plgpu, "remote_ref", lambda ref, device: ref)
-    for name, put in {"get_global": lambda what: None, "semaphore_signal": None, "semaphore_wait": None}.items():
-        monkeypatch.setattr(pl, name, put or (lambda *_, **__: None))
+    for name in ("get_global", "semaphore_signal", "semaphore_wait"):
+        monkeypatch.setattr(pl, name, lambda *_, **__: None)
+    index = jax.lax.axis_index
+    monkeypatch.setattr(jax.lax, "axis_size", lambda axis: 2)
+    monkeypatch.setattr(jax.lax, "axis_index", lambda axis: jnp.int32(0) if axis == "expert" else index(axis))
     x, y, _ = operands(1, 5, width, 7, dtype)
     # rows 1, 3, 4 and 0 of two devices of 5 tokens, and three that are none
     source, starts = jnp.array([1, 3, 4, 5, 12, 13, 14], jnp.int32), jnp.array([0, 3, 4], jnp.int32)
     places = jnp.array([[0, 6], [7, 7], [2, 7], [7, 3], [1, 1]], jnp.int32)
-
-    def both(x, y, source, starts, places):
-        return mosaic_gpu.send(x, source, starts, "expert", aside), mosaic_gpu.collect(y, places, "expert", aside)
-
-    mesh = jax.make_mesh((2,), ("expert",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    run = jax.shard_map(both, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)  # alike on both
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        came, home = jax.block_until_ready(jax.jit(run)(x, y, source, starts, places))
+    slot = jnp.array([[2, 14], [14, 14], [0, 5], [3, 1], [14, 14], [14, 14], [14, 14]], jnp.int32)
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        came = jax.block_until_ready(mosaic_gpu.send(x, source, starts, axis="expert", beside=aside))
+        spread = jax.block_until_ready(mosaic_gpu.send(x, source, starts, slot, axis="expert", beside=aside))
+        home = jax.block_until_ready(mosaic_gpu.collect(y, places, axis="expert", beside=aside))
+    assert "RACE DETECTED" not in "".join(capfd.readouterr())
     np.testing.assert_array_equal(came[:4], x[jnp.array([1, 3, 4, 0])])
+    assert spread.shape == (14, width)
+    np.testing.assert_array_equal(spread[jnp.array([2, 0, 5, 3, 1])], x[jnp.array([1, 4, 4, 0, 0])])
     y = np.asarray(y.astype(jnp.float32))
     wanted = jnp.asarray(np.stack([y[0] + y[6], 0 * y[0], y[2], y[3], y[1] + y[1]])).astype(dtype)
     np.testing.assert_array_equal(home, wanted)

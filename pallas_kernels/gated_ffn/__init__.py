@@ -32,6 +32,7 @@ def gated_ffn(
     activation: str = "silu",
     scale: jax.Array | None = None,
     slot: jax.Array | None = None,
+    spread_rows: jax.Array | None = None,
     aside: int = 0,
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
@@ -44,9 +45,10 @@ def gated_ffn(
     Once and in reverse mode, as `grouped_matmul`.
 
     scale (M,) f32 multiplies each row of what goes into `down`, before it is rounded: a gate applied so needs no result
-    of `down` for its gradient. slot (T, K) i32: rows are x (T, D), to be spread to M = T·K rows (`combine.spread`).
-    With "mosaic_gpu" a backward pass then makes x's gradient before those of gate and up, which leave `aside`
-    multiprocessors, an even number, to what is done with it meanwhile. metadata: `group_metadata(group_sizes, M)`.
+    of `down` for its gradient. slot (T, K) i32: rows are x (T, D), to be spread to M = T·K rows (`combine.spread`);
+    spread_rows: these rows, where they are there already; the gradient is x's all the same. With "mosaic_gpu" a
+    backward pass then makes x's gradient before those of gate and up, which leave `aside` multiprocessors, an even
+    number, to what is done with it meanwhile. metadata: `group_metadata(group_sizes, M)`.
     implementation: of `grouped_matmul`; with "mosaic_gpu" the products with gate and up and the activation are one
     kernel, which stores the two products only for a backward pass, and the gradient of rows another; with any other,
     plain products. What products give has the checkpoint name "experts", for `jax.checkpoint` to keep.
@@ -67,9 +69,11 @@ def gated_ffn(
         metadata = group_metadata(group_sizes, M)
     check_metadata("gated_ffn", metadata, group_sizes)
     if name == "mosaic_gpu":
-        out = _block(activation, aside, *vary_alike(rows, slot, gate, up, down, scale, group_sizes, metadata))
+        args = vary_alike(rows, spread_rows, slot, gate, up, down, scale, group_sizes, metadata)
+        out = _block(activation, aside, *args)
     else:
-        rows = rows if slot is None else spread(rows, slot, M)
+        if slot is not None:
+            rows = spread(rows, slot, M) if spread_rows is None else _instead(*vary_alike(rows, slot, spread_rows))
         product = functools.partial(
             grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation
         )
@@ -105,20 +109,31 @@ def _gated(activation, a, b, scale):
     return gated.astype(a.dtype)
 
 
+@jax.custom_vjp
+def _instead(x, slot, rows):
+    """rows, with the gradient of spread(x, slot)."""
+    return rows
+
+
+_instead.defvjp(lambda x, slot, rows: (rows, slot), lambda slot, grad: (combine(grad, slot, None), None, None))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _block(activation, aside, x, slot, gate, up, down, scale, group_sizes, metadata):
-    (hidden,) = mosaic_gpu.hidden(activation, _rows(x, slot), gate, up, metadata, keep=False, scale=scale)
+def _block(activation, aside, x, rows, slot, gate, up, down, scale, group_sizes, metadata):
+    (hidden,) = mosaic_gpu.hidden(activation, _rows(x, rows, slot), gate, up, metadata, keep=False, scale=scale)
     return products.forward(hidden, down, group_sizes, metadata, False, x.dtype)
 
 
-def _rows(x, slot):
-    """Kept by their name, so that the results of `down` needn't be."""
+def _rows(x, rows, slot):
+    """Kept by their name where they were spread, so that the results of `down` needn't be."""
+    if slot is None:
+        return x
     with jax.named_scope("dispatch"):
-        return x if slot is None else checkpoint_name(spread(x, slot, slot.size), "experts")
+        return checkpoint_name(spread(x, slot, slot.size) if rows is None else rows, "experts")
 
 
-def _block_forward(activation, aside, x, slot, gate, up, down, scale, group_sizes, metadata):
-    rows = _rows(x, slot)
+def _block_forward(activation, aside, x, rows, slot, gate, up, down, scale, group_sizes, metadata):
+    rows = _rows(x, rows, slot)
     hidden, *kept = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True, scale=scale)
     a, b = (checkpoint_name(x, "experts") for x in kept)
     out = products.forward(hidden, down, group_sizes, metadata, False, rows.dtype)
@@ -142,7 +157,7 @@ def _block_backward(activation, aside, residuals, grad):
         dx, rows, *grads = jax.lax.optimization_barrier((dx, rows, *grads))
         metadata = dataclasses.replace(metadata, spare=max(metadata.spare, aside))
     dgate, dup = (weight_gradient(rows, each, metadata=metadata) for each in grads)
-    return dx, None, dgate, dup, ddown, dscale, None, None
+    return dx, None, None, dgate, dup, ddown, dscale, None, None
 
 
 def _activation_gradients(activation, a, b, scale, dhidden, metadata):

@@ -16,10 +16,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.combine import combine
 from pallas_kernels.remote_exchange import mosaic_gpu
 from pallas_kernels.vary import vary_alike
 
-__all__ = ["Routes", "arrivals", "collect", "routes", "send", "why_not"]
+__all__ = ["Routes", "arrivals", "collect", "combine_collect", "routes", "send", "send_spread", "why_not"]
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +81,26 @@ def send(x: jax.Array, routes: Routes, *, axis: str, beside: int = 0, back_besid
     return _send(axis, (beside, back), *vary_alike(x, routes))
 
 
+def send_spread(x: jax.Array, routes: Routes, slot: jax.Array, *, axis: str, back_beside: int = 0):
+    """x (T, D), slot (R, K) i32 -> rows (R·K, D), stand_in (R, D): `combine.spread` of what `send` gives, as it comes.
+
+    Row r of `send` is row slot[r, k] here, for every k where that is below R·K; other rows are undefined. The gradient
+    of x is taken from that of stand_in, a `collect` beside what `back_beside` says: whoever uses the rows gives it the
+    sums that `spread`'s gradient would (`gated_ffn`), and rows none. Errors as `send`'s.
+    """
+    _check("send_spread", x, routes, axis, slot)
+    return _send_spread(axis, back_beside, *vary_alike(x, slot, routes))
+
+
+def combine_collect(rows: jax.Array, routes: Routes, slot: jax.Array, *, axis: str) -> jax.Array:
+    """rows (R·K, D), slot (R, K) i32 -> (T, D): `collect` of `combine.combine`(rows, slot, None).
+
+    Differentiable in rows, by `send_spread`'s rows: undefined where no slot points. Errors as `send`'s.
+    """
+    _check("combine_collect", rows, routes, axis, slot)
+    return _combine_collect(axis, *vary_alike(rows, slot, routes))
+
+
 def collect(y: jax.Array, routes: Routes, *, axis: str, beside: int = 0) -> jax.Array:
     """y (R, D) -> (T, D): Σ_s y of device s [places[:, s]], in float32 over s in order, in y's dtype at the end.
 
@@ -95,6 +116,33 @@ def collect(y: jax.Array, routes: Routes, *, axis: str, beside: int = 0) -> jax.
 def why_not(rows) -> str | None:
     """None where the kernels take rows (N, D), which may be a shape and dtype alone; else what they need."""
     return mosaic_gpu.why_not(rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _send_spread(axis, back_beside, x, slot, routes):
+    rows = mosaic_gpu.send(x, routes.source, routes.starts, slot, axis=axis)
+    return rows, vary_alike(jnp.zeros((slot.shape[0], x.shape[1]), x.dtype), x)[0]
+
+
+_send_spread.defvjp(
+    lambda axis, back_beside, x, slot, routes: (_send_spread(axis, back_beside, x, slot, routes), routes),
+    lambda axis, back_beside, routes, grads: (
+        _run(mosaic_gpu.collect, axis, back_beside, grads[1], routes.places), None, None
+    ),
+)  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _combine_collect(axis, rows, slot, routes):
+    with jax.named_scope("combine"):
+        sums = combine(rows, slot, None)
+    return mosaic_gpu.collect(sums, routes.places, axis=axis)
+
+
+_combine_collect.defvjp(
+    lambda axis, rows, slot, routes: (_combine_collect(axis, rows, slot, routes), (slot, routes)),
+    lambda axis, kept, grad: (mosaic_gpu.send(grad, kept[1].source, kept[1].starts, kept[0], axis=axis), None, None),
+)
 
 
 def _run(function, axis, beside, *args):
@@ -124,12 +172,15 @@ _collect.defvjp(
 )
 
 
-def _check(what, rows, routes, axis) -> None:
+def _check(what, rows, routes, axis, slot=None) -> None:
     if rows.ndim != 2 or routes.places.shape[1] != jax.lax.axis_size(axis):
         raise ValueError(
             f"{what}: needs (N, D) and places (T, {jax.lax.axis_size(axis)}) along axis '{axis}'; got "
             f"{list(rows.shape)} and {list(routes.places.shape)}"
         )
+    if slot is not None and slot.shape[:1] != routes.source.shape:
+        come = routes.source.shape[0]
+        raise ValueError(f"{what}: slot has {slot.shape[0]} rows and source {come}; give both the same")
     reason = why_not(rows)
     if reason is not None:
         raise NotImplementedError(f"{what}: can't move {rows.dtype}{list(rows.shape)} by remote references: {reason}")

@@ -1,28 +1,26 @@
-"""Rows read where they are, by plain 16-byte reads through remote references, in Mosaic GPU.
+"""Rows read where they are, through remote references, by the copy engine into shared memory, in Mosaic GPU.
 
-A fixed number of blocks takes rows in turn: `send` is a gather by the device that receives, `collect` a sum of rows of
-several devices. Rows that are read, and not written, on the other side keep every write at home: written through remote
-references they moved at 40 GB/s between two H200, read so at 260 to 270, which is what the link gave a copy of equal
-pieces. The runtime lets no kernel begin before all devices have come to it, so what peers hold is written; at the end
-each block tells every device that it is done, and block 0 stays until all blocks of all devices have, so that nobody
-takes back memory that is being read. Only one block ever waits: blocks that have found no room on the GPU yet can't be
-waited for in vain, and other kernels, NCCL's too, find room beside it.
+Rows that are read, and not written, on the other side keep every write at home. `send` is a gather by the device that
+receives, `collect` a sum of rows of several devices. A worker is a warpgroup with a ring of stages: while some pieces
+of rows are on their way into it, the next one goes out, to memory or into a sum. So many bytes are under way that a few
+multiprocessors fill the link. The runtime lets no kernel begin before all devices have come to it, so what peers hold
+is written; at the end each worker tells every device that it is done, and block 0 stays until all workers of all
+devices have, so that nobody takes back memory that is being read. Only one block ever waits: blocks that have found no
+room on the GPU yet can't be waited for in vain, and other kernels, NCCL's too, find room beside it.
 
 Beside expert products (`beside`) the kernels go to a stream of their own, one after another, and take no more room than
-products leave: as many blocks as multiprocessors, of eight warpgroups, whose 1024 threads fill a multiprocessor's
-registers together, so that there is one on each. As many small blocks would lie one or two on every multiprocessor, and
-products that come after them would find none of their own. Why nobody waits forever: a kernel of products never waits
-for an exchange while it runs (its stream does, before it starts), so it ends whatever else there is, and leaves room;
-of an exchange's blocks only block 0 waits, for blocks that read and end without waiting; and all devices run one
-program, so that of the exchanges and of XLA's own collectives the first in its order that isn't done everywhere waits
-for no other one. Were there no room at all on one device, block 0 of the others would stay until the products there
-end, and no longer.
+products leave: as many blocks as multiprocessors, each of which a block's shared memory fills. Why nobody waits
+forever: a kernel of products never waits for an exchange while it runs (its stream does, before it starts), so it ends
+whatever else there is, and leaves room; of an exchange's blocks only block 0 waits, for blocks that read and end
+without waiting; and all devices run one program, so that of the exchanges and of XLA's own collectives the first in its
+order that isn't done everywhere waits for no other one. Were there no room at all on one device, block 0 of the others
+would stay until the products there end, and no longer.
 
 Limits: Hopper; the devices of one process; bfloat16, float16 or float32; D a multiple of 128.
 """
 
 import functools
-from typing import Any
+import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -34,10 +32,12 @@ from jax.experimental.compute_on import compute_on
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.vary import vary_alike
 
-_WIDEST = 4096  # bytes of a row that a block holds in registers
+BLOCKS = 132
+_WORKERS = 8  # warpgroups of a block: 64 registers a thread
+_STAGES = 3  # of a worker's ring, at most: all have 32 barriers together
+_STAGE = 9216  # bytes of a stage, at most
+_PIECE = 4096  # bytes of a row that are copied at once, at most
 _THREADS = 128
-BLOCKS = 132 * 16
-_BESIDE = 8  # warpgroups of a block beside other kernels, with 64 registers a thread
 
 
 def why_not(rows) -> str | None:
@@ -51,51 +51,93 @@ def why_not(rows) -> str | None:
     return None if jax.process_count() == 1 else "it needs all devices in one process, on one host"
 
 
-def send(x, source, starts, axis, beside=0):
-    """(T, D), (R,), (S + 1,) -> (R, D): row source of all devices' tokens, where starts says what comes from whom.
+def send(x, source, starts, slot=None, *, axis, beside=0):
+    """(T, D), (R,), (S + 1,) -> (R, D): row source of all devices' tokens, where starts says what comes from whom; with
+    slot (R, K) -> (R·K, D): each of these rows to its K places, those below R·K.
 
-    One row from each device in turn: in order, all devices would read from the first one together, then from the next.
+    A worker reads from one device: in their order all devices would read rows from the first one together, then from
+    the next.
     """
     (T, D), R, S = x.shape, source.shape[0], lax.axis_size(axis)
-    width = _width(D, x.dtype)
+    K = 1 if slot is None else slot.shape[1]
+    M = R * K
+    width = _width(D, x.dtype, _PIECE)
+    chunks, together = D // width, max(_STAGE // (width * x.dtype.itemsize), 1)
 
-    def move(i, columns, source, starts, x, out):
-        device = lax.rem(i, jnp.int32(S))
-        r = starts[device] + lax.div(i, jnp.int32(S))
+    def work(worker, workers, stream, source, starts, x, *refs):
+        *slots, out = refs
+        device, first, step = lax.rem(worker, jnp.int32(S)), lax.div(worker, jnp.int32(S)), workers // S
+        there, begin = _on(x, axis, device), starts[device]
+        pieces = (starts[device + 1] - begin) * chunks
+        mine = jnp.where(first < step, _share(pieces, first, step), 0)
 
-        def take():
-            there = _on(x, axis, device).at[source[r] - device * T, columns]
-            out[r, columns] = plgpu.load(there, layout=_layout(width))
+        def place(i, n):
+            """Of the n-th of the i-th pieces; of the last one where there are no more."""
+            row, columns = _piece(jnp.clip(first + (i * together + n) * step, 0, pieces - 1), chunks, width)
+            return jnp.clip(begin + row, 0, R - 1), columns
 
-        pl.when(r < starts[device + 1])(take)
+        def rows(i):
+            return tuple(source[place(i, n)[0]] - device * T for n in range(together))
 
-    def rows(source, starts, x, out):
-        return S * functools.reduce(jnp.maximum, (starts[s + 1] - starts[s] for s in range(S)))
+        def load(i, rows, stage, barrier):
+            for n, row in enumerate(rows):
+                _copy(there.at[row, place(i, n)[1]], stage.at[n], barrier)
 
-    shape = jax.ShapeDtypeStruct((R, D), x.dtype)
-    return _call("send_rows", move, rows, S * min(R, T), width, axis, beside, shape, source, starts, x)
+        def targets(i):
+            """Of each piece, the rows of `out` that it goes to, M where it goes nowhere."""
+            for n in range(together):
+                row, there = place(i, n)[0], i * together + n < mine
+                places = [row] if slot is None else [slots[0][row * K + k] for k in range(K)]
+                yield tuple(jnp.where(there, to, M) for to in places)
+
+        def finish(i, targets, stage):
+            def store(n, row):
+                plgpu.copy_smem_to_gmem(stage.at[n], out.at[row, place(i, n)[1]])
+
+            for n, rows in enumerate(targets):
+                for row in rows:
+                    pl.when(row < M)(functools.partial(store, n, row))
+
+        stream(_share(mine, 0, together), rows, load, lambda i: tuple(targets(i)), finish)
+
+    shape, slots = jax.ShapeDtypeStruct((M, D), x.dtype), () if slot is None else (slot.reshape(-1),)
+    return _call("send_rows", work, S * R * chunks, (together, width), axis, beside, shape, source, starts, x, *slots)
 
 
-def collect(y, places, axis, beside=0):
+def collect(y, places, *, axis, beside=0):
     """(R, D), (T, S) -> (T, D): the sum of rows `places` of the devices, in float32."""
     (R, D), (T, S) = y.shape, places.shape
-    width = _width(D, jnp.float32)
+    width = _width(D, y.dtype, min(_PIECE, _STAGE // S))
+    chunks = D // width
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=_vector(width))
 
-    def move(t, columns, places, y, out):
+    def work(worker, workers, stream, places, y, out):
         me = lax.axis_index(axis) if S > 1 else jnp.int32(0)
-        total = jnp.zeros((width,), jnp.float32)
-        for device in range(S):
-            row = places[t * S + device]
-            there = row < R
-            # what isn't there is read here, off the link
-            rows_of = _on(y, axis, jnp.where(there, jnp.int32(device), me))
-            value = plgpu.load(rows_of.at[jnp.minimum(row, R - 1), columns], layout=_layout(width))
-            value = value.astype(jnp.float32)
-            total += jnp.where(there, value, jnp.zeros_like(value))
-        out[t, columns] = total.astype(out.dtype)
+
+        def place(i):
+            return _piece(jnp.minimum(worker + i * workers, T * chunks - 1), chunks, width)
+
+        def rows(i):
+            return tuple(places[place(i)[0] * S + device] for device in range(S))
+
+        def load(i, rows, stage, barrier):
+            for device, row in enumerate(rows):
+                # what isn't there is read here, off the link
+                there = _on(y, axis, jnp.where(row < R, jnp.int32(device), me))
+                _copy(there.at[jnp.minimum(row, R - 1), place(i)[1]], stage.at[device], barrier)
+
+        def finish(i, rows, stage):
+            total = jnp.zeros((width,), jnp.float32)
+            for device, row in enumerate(rows):
+                value = plgpu.load(stage.at[device], layout=layout).astype(jnp.float32)
+                total += jnp.where(row < R, value, jnp.zeros_like(value))
+            plgpu.commit_smem()  # the copy engine may have the stage again
+            out[place(i)] = total.astype(out.dtype)
+
+        stream(_share(T * chunks, worker, workers), rows, load, rows, finish)
 
     shape = jax.ShapeDtypeStruct((T, D), y.dtype)
-    return _call("collect_rows", move, lambda *_: T, T, width, axis, beside, shape, places.reshape(-1), y)
+    return _call("collect_rows", work, T * chunks, (S, width), axis, beside, shape, places.reshape(-1), y)
 
 
 def on_its_stream(run):
@@ -115,55 +157,98 @@ def _name(axis, device):
     return {axis: jnp.int32(device)}
 
 
-def _width(D: int, dtype) -> int:
-    """The most columns that divide D, fill whole vectors and stay in a thread's registers."""
-    unit = _THREADS * _vector(D)
-    widest = max(_WIDEST // jnp.dtype(dtype).itemsize, unit)
-    return max(width for width in range(unit, widest + 1, unit) if D % width == 0)
+def _copy(source, stage, barrier):
+    # a plain run of bytes, which takes any device's address; a tiled copy's is fixed before the kernel begins
+    plgpu.copy_gmem_to_smem(source, stage, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
-def _vector(D: int) -> int:
+def _width(D: int, dtype, most: int) -> int:
+    """The most columns that divide D in multiples of 128 and have at most so many bytes."""
+    widest = max(most // jnp.dtype(dtype).itemsize, _THREADS)
+    return max(width for width in range(_THREADS, widest + 1, _THREADS) if D % width == 0)
+
+
+def _vector(width: int) -> int:
     """Neighbouring columns of a thread: up to eight, a power of two."""
-    return min(D // _THREADS & -(D // _THREADS), 8)
+    return min(width // _THREADS & -(width // _THREADS), 8)
 
 
-def _layout(width: int):
-    return plgpu.Layout.WG_STRIDED((width,), vec_size=_vector(width))
+def _piece(i, chunks: int, width: int):
+    """Row and columns of the i-th piece, `chunks` a row."""
+    return lax.div(i, jnp.int32(chunks)), pl.ds(lax.rem(i, jnp.int32(chunks)) * width, width)
 
 
-def _call(name, move, rows, most, width, axis, beside, shape, *args):
-    """`move` for every piece of `width` columns of rows(…) ≤ most rows, then word to all devices that it is done."""
-    chunks, S = shape.shape[1] // width, lax.axis_size(axis)
-    side = _BESIDE if beside else 1  # warpgroups of a block, each of which takes pieces in turn
-    blocks = min(beside or BLOCKS, pl.cdiv(most * chunks, side))
-    workers = blocks * side
+def _share(count, first, step):
+    """How many of first, first + step, … are below count."""
+    return lax.div(jnp.maximum(count - first, 0) + (step - 1), jnp.int32(step))
 
-    def body(*refs):
-        worker = lax.axis_index("block")
-        if beside:
-            worker = worker * side + lax.axis_index("warpgroup")
 
-        def step(i, _):
-            piece = worker + i * workers
-            move(lax.div(piece, jnp.int32(chunks)), pl.ds(lax.rem(piece, jnp.int32(chunks)) * width, width), *refs)
+def _stream(stages, ring, ready, count, whence, load, whither, finish):
+    """finish(i, whither(i), stage) for i < count in order, and load(i, whence(i), stage, barrier) some turns before.
 
-        mine = lax.div(rows(*refs) * chunks - worker + workers - 1, jnp.int32(workers))
-        lax.fori_loop(0, mine, step, None)
+    whence, whither: scalars from memory, which are read before they are needed. ring, ready: a stage and its barrier,
+    by number.
+    """
+    ahead = stages - 1
+
+    def start(i, scalars):
+        slot = lax.rem(jnp.int32(i), jnp.int32(stages))
+        load(i, scalars, ring(slot), ready(slot))
+
+    for i in range(ahead):
+        pl.when(i < count)(functools.partial(lambda i: start(i, whence(jnp.int32(i))), i))
+
+    def turn(i, coming):
+        following, now = whence(i + ahead + 1), whither(i)
+
+        def next_one():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # it takes the stage that has just gone out
+            start(i + ahead, coming)
+
+        pl.when(i + ahead < count)(next_one)
+        slot = lax.rem(i, jnp.int32(stages))
+        plgpu.barrier_wait(ready(slot))
+        finish(i, now, ring(slot))
+        return following
+
+    lax.fori_loop(0, count, turn, whence(jnp.int32(ahead)))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _call(name, work, most, stage, axis, beside, shape, *args):
+    """work(worker, workers, stream, …) of every worker, of which no more than `most` are needed, then word to all
+    devices that it is done; a stage of the ring has stage = (copies, columns)."""
+    S = lax.axis_size(axis)
+    dtype = shape.dtype
+    stages = min(_STAGES * _STAGE // (math.prod(stage) * jnp.dtype(dtype).itemsize), _STAGES)
+    blocks = min(beside or BLOCKS, pl.cdiv(max(most, S), _WORKERS))
+    workers = blocks * _WORKERS
+
+    def body(*refs, ring, ready):
+        mine = lax.axis_index("warpgroup")
+        worker = lax.axis_index("block") * _WORKERS + mine
+
+        own, barrier = (lambda i: ring.at[mine, i]), (lambda i: ready.at[mine * stages + i])
+        work(worker, workers, functools.partial(_stream, stages, own, barrier), *refs)
         if S > 1:
             done = pl.get_global(plgpu.SemaphoreType.REGULAR)
             for device in range(S):
                 pl.semaphore_signal(done, device_id=_name(axis, device))
             pl.when(worker == 0)(functools.partial(pl.semaphore_wait, done, value=S * workers, decrement=False))
 
-    threads: dict[str, Any] = {"num_threads": side, "thread_name": "warpgroup"} if beside else {}
     kernel = plgpu.kernel(
         body,
         out_type=shape,
         grid=(blocks,),
         grid_names=("block",),
+        num_threads=_WORKERS,
+        thread_name="warpgroup",
         kernel_name=name,
+        scratch_types={
+            "ring": plgpu.SMEM((_WORKERS, stages, *stage), dtype),
+            "ready": plgpu.Barrier(num_arrivals=stage[0], num_barriers=_WORKERS * stages),
+        },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **threads,
     )
     # the kernel's own types know of no mesh
     return jax.tree.map(lambda out: vary_alike(out, args[0])[0], kernel(*args))
