@@ -36,11 +36,23 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
     beside = SPARE if chunks > 1 else 0
     # room for more rows than come, as a rule, and nobody reads the rest
     work = dataclasses.replace(work, spare=beside, tail=False, aside=_ASIDE)
+    if way == "remote" and not beside:
+        x, weights = _gradients_together(x, weights)
     run = WAYS[way](weights, num_experts, work, factor, beside)
     results = pipelined(run, split(x, decision, chunks))
     y = jnp.concatenate([y.reshape(-1, x.shape[-1]) for y, _ in results]).reshape(x.shape)
     lost = [lost for _, lost in results if lost is not None]
     return y, jnp.sum(jnp.stack(lost), dtype=jnp.int32, keepdims=True) if lost else None
+
+
+@jax.custom_vjp
+def _gradients_together(x, weights):
+    """The same. The gradients of all are there before one of them is used: XLA would put those of weights off until the
+    optimizer wants them, and nothing would run beside the way home of x's."""
+    return x, weights
+
+
+_gradients_together.defvjp(lambda x, weights: ((x, weights), None), lambda _, grads: lax.optimization_barrier(grads))
 
 
 def check(moe: MoEConfig, devices: int, x, decision) -> None:
