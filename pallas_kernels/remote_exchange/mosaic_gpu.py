@@ -37,6 +37,7 @@ _WORKERS = 8  # warpgroups of a block: 64 registers a thread
 _STAGES = 3  # of a worker's ring, at most: all have 32 barriers together
 _STAGE = 9216  # bytes of a stage, at most
 _PIECE = 4096  # bytes of a row that are copied at once, at most
+_TOGETHER = 4  # pieces in a stage, at most
 _THREADS = 128
 
 
@@ -62,7 +63,7 @@ def send(x, source, starts, slot=None, *, axis, beside=0):
     K = 1 if slot is None else slot.shape[1]
     M = R * K
     width = _width(D, x.dtype, _PIECE)
-    chunks, together = D // width, max(_STAGE // (width * x.dtype.itemsize), 1)
+    chunks, together = D // width, min(_STAGE // (width * x.dtype.itemsize), _TOGETHER)
 
     def work(worker, workers, stream, source, starts, x, *refs):
         *slots, out = refs
