@@ -45,10 +45,10 @@ def gated_ffn(
     """(activation(rows · gate) ∘ (rows · up)) · down, each row with its expert's weights (Shazeer 2020, equation 6).
 
     rows (R, D) sorted by expert; gate, up (E, D, F) and down (E, F, D) of rows' dtype; group_sizes (E,) i32. Returns
-    (R, D), zeros past the sum of group_sizes; those rows are never read. Products are summed in float32 and rounded to
-    rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; slot (T, K) i32, of tokens in place of rows,
-    spread_rows and aside: see the kernels' `gated_ffn`; all only where `takes_scale`. metadata:
-    `group_metadata(group_sizes, R)`, shared by the six products of forward and backward. implementation: of
+    (R, D), zeros past the sum of group_sizes, undefined without `tail`; those rows are never read. Products are summed
+    in float32 and rounded to rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; slot (T, K) i32,
+    of tokens in place of rows, spread_rows and aside: see the kernels' `gated_ffn`; all only where `takes_scale`.
+    metadata: `group_metadata(group_sizes, R)`, shared by the six products of forward and backward. implementation: of
     `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products. spare and tail: of
     `group_metadata`, where none is given.
     """

@@ -30,6 +30,8 @@ from moejax.routing import ExpertChoice, Routing
 from moejax.work import Work
 from pallas_kernels import gated_ffn as kernels
 from pallas_kernels import remote_exchange
+from pallas_kernels.grouped_matmul import mosaic_gpu as products
+from pallas_kernels.vary import vary_alike
 
 B, L, D, F, E, K = 8, 4, 8, 16, 8, 2
 
@@ -103,26 +105,69 @@ def test_every_way_equals_the_dense_oracle_in_values_and_gradients(way, sizes, k
     assert small.largest_difference(wanted_grads, grads) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["uneven", "one_expert"])
-def test_remote_sorts_rows_as_they_come_where_gates_go_inside(kind, monkeypatch):
-    """As on Hopper GPUs, but for the kernels: what is undefined comes as NaN here."""
+@jax.custom_vjp
+def poisoned(a, real):
+    """`a` with NaN from row `real` on; so is its gradient."""
+    return jnp.where((jnp.arange(a.shape[0]) < real)[:, None], a, jnp.nan)
+
+
+poisoned.defvjp(lambda a, real: (poisoned(a, real), real), lambda real, grad: (poisoned(grad, real), None))
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"), [("remote", "uneven"), ("remote", "one_expert"), ("gather", "uneven"), ("all_to_all", "one_token")]
+)
+def test_nobody_reads_what_experts_leave_undefined(way, kind, monkeypatch):
+    """As on Hopper GPUs, but for the kernels: rows past the last one that came, and their gradients, are NaN here, and
+    `remote` has its rows sorted by expert as they come, forward and backward."""
     emulated_remote.install(monkeypatch)
     send, slots, plain = emulated_remote.send, [], kernels.gated_ffn
     monkeypatch.setattr(
         remote_exchange.mosaic_gpu, "send", lambda *a, **options: slots.append(a[3]) or send(*a, **options)
     )
+
+    def gated_ffn(rows, gate, up, down, sizes, **options):
+        assert not options["metadata"].tail
+        real = jnp.sum(sizes)
+        rows = rows if options["slot"] is not None else poisoned(*vary_alike(rows, real))
+        return poisoned(*vary_alike(plain(rows, gate, up, down, sizes, **options | {"implementation": "blocks"}), real))
+
     monkeypatch.setattr(experts, "pick", lambda *_: "mosaic_gpu")
-    monkeypatch.setattr(kernels, "gated_ffn", lambda *a, **options: plain(*a, **options | {"implementation": "blocks"}))
+    monkeypatch.setattr(kernels, "gated_ffn", gated_ffn)
     x, decision, weights = inputs(kind)
     arguments = (x, decision.weights, weights, decision)
     (_, wanted), wanted_grads = value_and_gradients(expert_parallel.dense_mixture)(*arguments)
-    run = functools.partial(exchanged.mixture, num_experts=E, work=Work(), way="remote", factor=None, chunks=1)
+    run = functools.partial(exchanged.mixture, num_experts=E, work=Work(), way=way, factor=None, chunks=1)
     spec = {"in_specs": jax.P("expert"), "out_specs": jax.P("expert")}
     layer = jax.shard_map(lambda *a: run(*a)[0], mesh=small_mesh({"expert": 4}), **spec)
     (_, y), grads = value_and_gradients(layer)(*arguments)
     assert small.largest_difference(wanted, y) < 1e-5
     assert small.largest_difference(wanted_grads, grads) < 1e-5
-    assert [slot.shape for slot in slots] == [(B * L, K)] * 2  # forward and backward
+    assert [slot.shape for slot in slots] == ([(B * L, K)] * 2 if way == "remote" else [])
+
+
+def test_remote_lowers_with_its_gradients_way_home_beside_products(monkeypatch):
+    """For Hopper GPUs: the kernels, one call on a stream of its own, and what makes XLA put something beside it: the
+    gradients of x and of the three weights are there together."""
+    monkeypatch.setattr(products, "_hopper", lambda: True)
+    bf16, f32, i32 = (functools.partial(jax.ShapeDtypeStruct, dtype=d) for d in (jnp.bfloat16, jnp.float32, jnp.int32))
+    gates = f32((8, 16, K))
+    decision = Routing(i32((8, 16, K)), gates, f32((8, 16, E)), jax.ShapeDtypeStruct((8, 16, K), jnp.bool_))
+    weights = {"gate": bf16((E, 256, 128)), "up": bf16((E, 256, 128)), "down": bf16((E, 128, 256))}
+
+    def objective(x, gates, weights, decision):
+        decision = dataclasses.replace(decision, weights=gates)
+        options = {"num_experts": E, "way": "remote", "implementation": "mosaic_gpu"}
+        return jnp.sum(expert_parallel.mixture(x, decision, weights, **options).astype(jnp.float32))
+
+    with jax.set_mesh(small_mesh({"expert": 4})):
+        traced = jax.jit(jax.grad(objective, argnums=(0, 1, 2))).trace(bf16((8, 16, 256)), gates, weights, decision)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    for name in ("send_rows", "collect_rows", "gated_ffn_hidden", "gated_ffn_gradients", "grouped_matmul_drhs"):
+        assert name in text
+    assert len(re.findall("call @compute_on", text)) == 1
+    of_weights = ", ".join(["tensor<2x128x256xbf16>"] + ["tensor<2x256x128xbf16>"] * 2)
+    assert "optimization_barrier" in text and f": tensor<2x16x256xbf16>, {of_weights}" in text
 
 
 def test_the_collectives_are_the_ones_meant_and_expert_weights_stay():

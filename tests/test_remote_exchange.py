@@ -131,14 +131,21 @@ def there_and_back(x, y, experts, beside=0):
     routes = remote_exchange.routes(everyone, jax.lax.axis_index("expert"), mine=2, devices=devices, rows=rows)
     came = remote_exchange.send(x, routes, axis="expert", beside=beside)
     real = (routes.source < everyone.shape[0])[:, None]
-    return jnp.where(real, came, 0), real, remote_exchange.collect(y, routes, axis="expert", beside=beside)
+    home = remote_exchange.collect(y, routes, axis="expert", beside=beside)
+    # each row that comes to two places, the first half of them in the order of rows, the second in the other
+    place = jnp.arange(rows, dtype=jnp.int32)
+    slot = jnp.where(real, jnp.stack([place, 2 * rows - 1 - place], axis=1), 2 * rows)
+    spread = remote_exchange.send_spread(x, routes, slot, axis="expert")[0]
+    there, twice = (jnp.concatenate([a, a[::-1]]) for a in (real, y))
+    sums = remote_exchange.combine_collect(jnp.where(there, twice, 0), routes, slot, axis="expert")
+    return jnp.where(real, came, 0), real, home, jnp.where(there, spread, 0), sums
 
 
 @pytest.mark.parametrize(("width", "dtype", "aside"), [(128, jnp.float32, 0), (384, jnp.bfloat16, 1)])
 def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch, capfd):
     """It knows no remote references and no semaphores: here the devices have one memory. A worker, of two or four,
     takes more pieces of rows than its ring has stages, three to a row of 384."""
-    for limit, value in {"BLOCKS": 2, "_WORKERS": 2, "_STAGE": 1024, "_PIECE": 256}.items():
+    for limit, value in {"BLOCKS": 2, "_WORKERS": 2, "_STAGE": 512, "_PIECE": 256}.items():
         monkeypatch.setattr(mosaic_gpu, limit, value)
     monkeypatch.setattr(plgpu, "remote_ref", lambda ref, device: ref)
     for name in ("get_global", "semaphore_signal", "semaphore_wait"):
@@ -169,7 +176,7 @@ def test_the_kernels_lower_and_use_no_multicast(monkeypatch):
     x, y, experts = operands(4, 64, 256, 128, jnp.bfloat16)
     text = over(4)(there_and_back).trace(x, y, experts).lower(lowering_platforms=("cuda",)).as_text()
     assert "send_rows" in text and "collect_rows" in text
-    assert text.count("uses_xla_collective_metadata = true") == 2  # peers' addresses, from the runtime
+    assert text.count("uses_xla_collective_metadata = true") == 4  # peers' addresses, from the runtime
     # what Mosaic asks of the runtime for an address of all devices, and the instructions that take one
     assert not re.search("symmetric_memory_parameters|multi(mem|cast)", text)
 
@@ -180,7 +187,7 @@ def test_beside_products_they_lower_for_a_stream_of_their_own(monkeypatch):
     x, y, experts = operands(4, 64, 256, 128, jnp.bfloat16)
 
     def run(x, y, experts):
-        return jax.vjp(lambda x, y: there_and_back(x, y, experts, beside=SPARE)[::2], x, y)[1]((y, x))
+        return jax.vjp(lambda x, y: there_and_back(x, y, experts, beside=SPARE)[:3:2], x, y)[1]((y, x))
 
     text = over(4)(run).trace(x, y, experts).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r'call @compute_on.*_xla_stream_annotation = "1", inlineable = "false"', text)
@@ -234,6 +241,16 @@ def test_off_gpu_it_says_so():
         send(2, 3, 6)
     with pytest.raises(ValueError, match="2 tokens and places 1"):
         send(1, 4, 6)
+
+    def spread(function, slot, **sizes):
+        over(4)(lambda x: function(x, routes(**sizes), jnp.zeros(slot, jnp.int32), axis="expert"))(x)
+
+    with pytest.raises(ValueError, match="send_spread: x has 2 tokens and places 1"):
+        spread(remote_exchange.send_spread, (6, 3), tokens=1, devices=4, rows=6)
+    with pytest.raises(ValueError, match="send_spread: slot has 5 rows and source 6"):
+        spread(remote_exchange.send_spread, (5, 3), tokens=2, devices=4, rows=6)
+    with pytest.raises(ValueError, match="combine_collect: 2 rows and 18 places in slot"):
+        spread(remote_exchange.combine_collect, (6, 3), tokens=2, devices=4, rows=6)
     with pytest.raises(ValueError, match="2 rows and source 6"):
         over(4)(lambda x: remote_exchange.collect(x, routes(2, 4, 6), axis="expert"))(x)
     assert remote_exchange.why_not(jax.ShapeDtypeStruct((4, 128), jnp.int32)) == "it needs bfloat16, float16 or float32"

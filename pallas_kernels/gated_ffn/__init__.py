@@ -57,6 +57,7 @@ def gated_ffn(
     """
     rows, gate, up, down, group_sizes = (jnp.asarray(a) for a in (rows, gate, up, down, group_sizes))
     _check(rows, gate, up, down, group_sizes, activation)
+    _check_spread(rows, slot, spread_rows)
     M = rows.shape[0] if slot is None else slot.size
     scale = None if scale is None else jnp.asarray(scale)
     if scale is not None and (scale.shape != (M,) or scale.dtype != jnp.float32):
@@ -99,6 +100,20 @@ def _check(rows, gate, up, down, group_sizes, activation) -> None:
         "gated_ffn: rows, gate, up, down, group_sizes must be (M, D), (E, D, F), (E, D, F), (E, F, D), (E,); "
         f"got {', '.join(map(str, shapes))}"
     )
+
+
+def _check_spread(x, slot, spread_rows) -> None:
+    if slot is None and spread_rows is not None:
+        raise ValueError("gated_ffn: spread_rows without slot; give the places of each token's rows")
+    if slot is not None and (slot.ndim != 2 or slot.dtype != jnp.int32 or slot.shape[0] != x.shape[0]):
+        raise ValueError(
+            f"gated_ffn: slot must be int32 (T, K) for {x.shape[0]} tokens; got {slot.dtype}{list(slot.shape)}"
+        )
+    if spread_rows is not None and (spread_rows.shape != (slot.size, x.shape[1]) or spread_rows.dtype != x.dtype):
+        raise ValueError(
+            f"gated_ffn: spread_rows must be {x.dtype}({slot.size}, {x.shape[1]}); got "
+            f"{spread_rows.dtype}{list(spread_rows.shape)}"
+        )
 
 
 def _gated(activation, a, b, scale):

@@ -24,7 +24,6 @@ from pallas_kernels.grouped_matmul.mosaic_gpu import here, row_tiles
 from pallas_kernels.vary import vary_alike
 
 _STEP, _HALF = hopper.STEP, 64
-_ROW_BLOCKS = 132 * 16  # of `gradients`: as many as fit on the GPU at once
 
 
 def _sigmoid(x):
@@ -57,7 +56,7 @@ def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, scal
     """(activation(rows · gate) ∘ (rows · up)), (M, F) of rows' dtype; keep: the two products (M, F) as well.
 
     rows (M, D) sorted by group, gate and up (E, D, F); scale (M,) f32: what each row of the first result is multiplied
-    by, before it is rounded. Rows past the sum come out as zeros.
+    by, before it is rounded. Rows past the sum come out as zeros, or undefined by metadata without a tail.
     """
     M, F = rows.shape[0], gate.shape[2]
     in_tile = schedule.tile_rows(M, gate.shape[0])
@@ -171,6 +170,11 @@ def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, st
     hopper.pipeline(t, turns, info, steps, load, compute, ready, free)
 
 
+def _row_blocks(metadata: GroupMetadata) -> int:
+    """Of `gradients`: some for each multiprocessor that it has."""
+    return (Tiling.blocks - metadata.spare) * 16
+
+
 def gradients(activation, a, b, dhidden, metadata: GroupMetadata, scale=None):
     """What goes into `down` and, of the gradient of that, the gradients of a, b and, where there is a scale, of scale.
 
@@ -178,11 +182,11 @@ def gradients(activation, a, b, dhidden, metadata: GroupMetadata, scale=None):
     past it are left as the memory was, and nothing is spent on them. F in multiples of 128.
     """
     (M, F), scaled = a.shape, scale is not None
-    width = widest(F)
+    width, blocks = widest(F), _row_blocks(metadata)
 
     def body(ends, *refs):
         (a, b, dhidden, *scales), (hidden, da, db, *dscales) = refs[: 3 + scaled], refs[3 + scaled :]
-        block, blocks = lax.axis_index("block"), jnp.int32(_ROW_BLOCKS)
+        block = lax.axis_index("block")
 
         def row(i, _):
             r = block + i * blocks
@@ -200,12 +204,12 @@ def gradients(activation, a, b, dhidden, metadata: GroupMetadata, scale=None):
             for dscale in dscales:
                 dscale[r] = jnp.sum(total)
 
-        lax.fori_loop(0, lax.div(ends[ends.shape[0] - 1] - block + blocks - 1, blocks), row, None)
+        lax.fori_loop(0, lax.div(ends[ends.shape[0] - 1] - block + blocks - 1, jnp.int32(blocks)), row, None)
 
     kernel = plgpu.kernel(
         body,
         out_type=(jax.ShapeDtypeStruct((M, F), a.dtype),) * 3 + (jax.ShapeDtypeStruct((M,), jnp.float32),) * scaled,
-        grid=(_ROW_BLOCKS,),
+        grid=(blocks,),
         grid_names=("block",),
         kernel_name="gated_ffn_gradients",
         compiler_params=plgpu.CompilerParams(

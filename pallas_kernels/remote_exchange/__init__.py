@@ -74,8 +74,7 @@ def send(x: jax.Array, routes: Routes, *, axis: str, beside: int = 0, back_besid
     Rows past those are undefined: they hold what the memory held. Differentiable in x, by a `collect` beside what
     `back_beside` says, by default as `beside`. Raises NotImplementedError where `why_not` has a reason.
     """
-    if x.shape[:1] != routes.places.shape[:1]:
-        raise ValueError(f"send: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
+    _check_tokens("send", x, routes)
     _check("send", x, routes, axis)
     back = beside if back_beside is None else back_beside
     return _send(axis, (beside, back), *vary_alike(x, routes))
@@ -88,6 +87,7 @@ def send_spread(x: jax.Array, routes: Routes, slot: jax.Array, *, axis: str, bac
     of x is taken from that of stand_in, a `collect` beside what `back_beside` says: whoever uses the rows gives it the
     sums that `spread`'s gradient would (`gated_ffn`), and rows none. Errors as `send`'s.
     """
+    _check_tokens("send_spread", x, routes)
     _check("send_spread", x, routes, axis, slot)
     return _send_spread(axis, back_beside, *vary_alike(x, slot, routes))
 
@@ -97,6 +97,8 @@ def combine_collect(rows: jax.Array, routes: Routes, slot: jax.Array, *, axis: s
 
     Differentiable in rows, by `send_spread`'s rows: undefined where no slot points. Errors as `send`'s.
     """
+    if rows.shape[0] != slot.size:
+        raise ValueError(f"combine_collect: {rows.shape[0]} rows and {slot.size} places in slot; give both the same")
     _check("combine_collect", rows, routes, axis, slot)
     return _combine_collect(axis, *vary_alike(rows, slot, routes))
 
@@ -170,6 +172,11 @@ _collect.defvjp(
     lambda axis, beside, y, routes: (_collect(axis, beside, y, routes), routes),
     lambda axis, beside, routes, grad: (_run(mosaic_gpu.send, axis, beside, grad, routes.source, routes.starts), None),
 )
+
+
+def _check_tokens(what, x, routes) -> None:
+    if x.shape[:1] != routes.places.shape[:1]:
+        raise ValueError(f"{what}: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
 
 
 def _check(what, rows, routes, axis, slot=None) -> None:

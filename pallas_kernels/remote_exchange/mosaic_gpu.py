@@ -9,12 +9,12 @@ devices have, so that nobody takes back memory that is being read. Only one bloc
 room on the GPU yet can't be waited for in vain, and other kernels, NCCL's too, find room beside it.
 
 Beside expert products (`beside`) the kernels go to a stream of their own, one after another, and take no more room than
-products leave: as many blocks as multiprocessors, each of which a block's shared memory fills. Why nobody waits
-forever: a kernel of products never waits for an exchange while it runs (its stream does, before it starts), so it ends
-whatever else there is, and leaves room; of an exchange's blocks only block 0 waits, for blocks that read and end
-without waiting; and all devices run one program, so that of the exchanges and of XLA's own collectives the first in its
-order that isn't done everywhere waits for no other one. Were there no room at all on one device, block 0 of the others
-would stay until the products there end, and no longer.
+products leave: no more blocks than multiprocessors, on which no block of products has room beside one of theirs. Why
+nobody waits forever: a kernel of products never waits for an exchange while it runs (its stream does, before it
+starts), so it ends whatever else there is, and leaves room; of an exchange's blocks only block 0 waits, for blocks that
+read and end without waiting; and all devices run one program, so that of the exchanges and of XLA's own collectives the
+first in its order that isn't done everywhere waits for no other one. Were there no room at all on one device, block 0
+of the others would stay until the products there end, and no longer.
 
 Limits: Hopper; the devices of one process; bfloat16, float16 or float32; D a multiple of 128.
 """

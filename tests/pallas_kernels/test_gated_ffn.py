@@ -161,7 +161,7 @@ def test_the_block_interpreted(capfd, monkeypatch):
 def test_the_block_of_tokens_interpreted(name, capfd, monkeypatch):
     """16 tokens of up to 4 rows; without a tail nothing is said of the last 7 of 64 rows, which are nobody's."""
     monkeypatch.setattr(products, "_hopper", lambda: name == "mosaic_gpu")
-    monkeypatch.setattr(mosaic_gpu, "_ROW_BLOCKS", 3)
+    monkeypatch.setattr(mosaic_gpu, "_row_blocks", lambda metadata: 3)
     monkeypatch.setattr(tilings, "pick", lambda op, *_: Tiling(stages=5, pieces=2, blocks=2))
     sizes, T = np.array([20, 0, 37], np.int32), 16
     row = np.random.default_rng(1).permutation(64)
@@ -182,7 +182,7 @@ def test_the_block_of_tokens_interpreted(name, capfd, monkeypatch):
 @pytest.mark.parametrize(("F", "scaled"), [(128, True), (384, False)])
 def test_activation_gradients_interpreted(activation, F, scaled, capfd, monkeypatch):
     """What the plain pass gives, over three blocks of one or two rows each, and NaN past them."""
-    monkeypatch.setattr(mosaic_gpu, "_ROW_BLOCKS", 3)
+    monkeypatch.setattr(mosaic_gpu, "_row_blocks", lambda metadata: 3)
     rng = np.random.default_rng(0)
     a, b, grad = (jnp.asarray(rng.normal(size=(8, F)), jnp.bfloat16).at[5:].set(jnp.nan) for _ in range(3))
     scale = jnp.linspace(-1.0, 2.0, 8) if scaled else None
@@ -219,7 +219,8 @@ def test_the_hopper_kernels_lower():
 
 @pytest.mark.parametrize(("spare", "aside"), [(0, 0), (SPARE, 0), (0, 8)])
 def test_forward_and_backward_leave_multiprocessors_to_spare(spare, aside, monkeypatch):
-    """Every kernel of a layer has 132 blocks, or as many fewer; those after the tokens' gradient fewer by `aside`."""
+    """Every product of a layer has 132 blocks, or as many fewer; those after the tokens' gradient fewer by `aside`."""
+    assert mosaic_gpu._row_blocks(group_metadata(jnp.zeros(4, jnp.int32), 8, spare)) == 16 * (132 - spare)
     monkeypatch.setattr(products, "_hopper", lambda: True)
     blocks, launch = [], hopper.launch
     monkeypatch.setattr(hopper, "launch", lambda name, body, t, *args, **options: blocks.append((name, t.blocks)) or (
@@ -278,6 +279,13 @@ def test_no_rows():
 def test_bad_input():
     rows, gate, up, down, _ = operands((4,), 4, 64, 64)
     sizes = jnp.array([4], jnp.int32)
+    slot = jnp.zeros((4, 2), jnp.int32)
+    with pytest.raises(ValueError, match="spread_rows without slot"):
+        gated_ffn(rows, gate, up, down, sizes, spread_rows=rows)
+    with pytest.raises(ValueError, match=r"slot must be int32 \(T, K\) for 4 tokens; got int32\[3, 2\]"):
+        gated_ffn(rows, gate, up, down, sizes, slot=slot[:3])
+    with pytest.raises(ValueError, match=r"spread_rows must be bfloat16\(8, 64\); got bfloat16\[4, 64\]"):
+        gated_ffn(rows, gate, up, down, sizes, slot=slot, spread_rows=rows)
     with pytest.raises(ValueError, match="unknown activation 'swish'; there are silu, gelu, relu"):
         gated_ffn(rows, gate, up, down, sizes, activation="swish")
     with pytest.raises(ValueError, match=r"must be \(M, D\).*got \(4, 64\), \(1, 64, 64\), \(1, 64, 32\)"):
@@ -292,16 +300,23 @@ def test_bad_input():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
-@pytest.mark.parametrize("M, E, D, F", [(1000, 12, 192, 320), (2048, 4, 1024, 704), (6, 8, 256, 128)])
-def test_on_a_gpu(M, E, D, F, activation):
+@pytest.mark.parametrize(
+    "M, E, D, F, tail",
+    [(1000, 12, 192, 320, True), (2048, 4, 1024, 704, True), (6, 8, 256, 128, True), (1000, 12, 192, 384, False)],
+)
+def test_on_a_gpu(M, E, D, F, tail, activation):
     """Against float64, against the plain products' error, and bit-equal in three runs."""
     for draw in range(8):
         rng = np.random.default_rng(draw)
         sizes = rng.multinomial(M - draw % 2 * (M // 5), rng.dirichlet(np.full(E, 0.4))).astype(np.int32)
         args = operands(sizes, M, D, F, draw)
         scale = jnp.asarray(rng.uniform(0.1, 1.0, M), jnp.float32) if draw % 4 > 1 else None
-        got = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu", scale)
-        want = exact(*args, sizes, activation, scale)
+
+        def run(sizes=sizes, args=args, scale=scale):
+            found = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu", scale, tail=tail)
+            return found if tail else [a.at[sum(sizes) :].set(0) if len(a) == M else a for a in found]
+
+        got, want = run(), exact(*args, sizes, activation, scale)
         assert_close(got, want, 6e-3)
         plain = value_and_gradients(*args, jnp.asarray(sizes), activation, "blocks", scale)
         for ours, theirs, right in zip(got, plain, want, strict=True):
@@ -310,8 +325,7 @@ def test_on_a_gpu(M, E, D, F, activation):
             )
             assert ours <= 1.1 * theirs
         for _ in range(2):
-            again = value_and_gradients(*args, jnp.asarray(sizes), activation, "mosaic_gpu", scale)
-            assert all((a == b).all() for a, b in zip(got, again, strict=True))
+            assert all((a == b).all() for a, b in zip(got, run(), strict=True))
 
 
 PEER = os.environ.get("PEER_PYTHON")
