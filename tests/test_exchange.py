@@ -163,7 +163,8 @@ def test_remote_lowers_with_its_gradients_way_home_beside_products(monkeypatch):
     with jax.set_mesh(small_mesh({"expert": 4})):
         traced = jax.jit(jax.grad(objective, argnums=(0, 1, 2))).trace(bf16((8, 16, 256)), gates, weights, decision)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    for name in ("send_rows", "collect_rows", "gated_ffn_hidden", "gated_ffn_gradients", "grouped_matmul_drhs"):
+    experts_own = ("gated_ffn_hidden", "gated_ffn_gradients", "gated_ffn_dlhs", "grouped_matmul_drhs")
+    for name in ("send_rows", "collect_rows", "combine_rows", *experts_own):
         assert name in text
     assert len(re.findall("call @compute_on", text)) == 1
     of_weights = ", ".join(["tensor<2x128x256xbf16>"] + ["tensor<2x256x128xbf16>"] * 2)
