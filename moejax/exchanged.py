@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax import dispatch, exchange, ragged
 from moejax.config import MoEConfig
@@ -259,8 +260,8 @@ class Remote(Way):
         if plan is None:
             return sorted_mixture(came, decision, self.weights, self.mine, self.apply, came.dtype)
         rows, tokens = came
-        spread = {"slot": plan.slot, "spread_rows": rows}
-        return self.apply.experts(tokens, self.weights, plan.group_sizes, plan.weight, **spread)
+        rows = checkpoint_name(rows, "experts")  # kept in the room of the results that needn't be
+        return self.apply.experts(rows, self.weights, plan.group_sizes, plan.weight, tokens=tokens, slot=plan.slot)
 
     def fetch(self, done, state):
         routes, _, plan = state

@@ -34,8 +34,8 @@ def gated_ffn(
     *,
     activation: str = "silu",
     scale: Array | None = None,
+    tokens: Array | None = None,
     slot: Array | None = None,
-    spread_rows: Array | None = None,
     aside: int = 0,
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
@@ -46,8 +46,8 @@ def gated_ffn(
 
     rows (R, D) sorted by expert; gate, up (E, D, F) and down (E, F, D) of rows' dtype; group_sizes (E,) i32. Returns
     (R, D), zeros past the sum of group_sizes, undefined without `tail`; those rows are never read. Products are summed
-    in float32 and rounded to rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; slot (T, K) i32,
-    of tokens in place of rows, spread_rows and aside: see the kernels' `gated_ffn`; all only where `takes_scale`.
+    in float32 and rounded to rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; tokens (T, D) and
+    slot (T, K) i32, whose rows these are, and aside: see the kernels' `gated_ffn`; all only where `takes_scale`.
     metadata: `group_metadata(group_sizes, R)`, shared by the six products of forward and backward. implementation: of
     `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products. spare and tail: of
     `group_metadata`, where none is given.
@@ -55,16 +55,16 @@ def gated_ffn(
     _check(rows, gate, up, down, group_sizes, activation)
     with jax.named_scope("experts"):
         if metadata is None:
-            metadata = group_metadata(group_sizes, rows.shape[0] if slot is None else slot.size, spare, tail)
+            metadata = group_metadata(group_sizes, rows.shape[0], spare, tail)
             metadata = jax.tree.map(lambda a: checkpoint_name(a, "routing"), metadata)
         name = implementation or pick(rows, gate)
         if name == "mosaic_gpu":
             return kernels.gated_ffn(
                 rows, gate, up, down, group_sizes,
-                activation=activation, scale=scale, slot=slot, spread_rows=spread_rows, aside=aside,
+                activation=activation, scale=scale, tokens=tokens, slot=slot, aside=aside,
                 metadata=metadata, implementation=name,
             )  # fmt: skip
-        assert scale is None and slot is None, f"{name} takes neither"
+        assert scale is None and tokens is None, f"{name} takes neither"
         if rows.shape[0] and name == "blocks":
             return _blocks(activation, *vary_alike(rows, gate, up, down, metadata))
         product = functools.partial(

@@ -25,14 +25,14 @@ class Work:
     tail: bool = True
     aside: int = 0
 
-    def experts(self, rows, weights, group_sizes, scale=None, **spread):
-        """(R, D) sorted by expert -> (R, D); spread: slot and spread_rows of `experts.gated_ffn`."""
+    def experts(self, rows, weights, group_sizes, scale=None, **whose):
+        """(R, D) sorted by expert -> (R, D); whose: tokens and slot of `experts.gated_ffn`."""
         with jax.named_scope("experts"):
             if self.apply is not None:
                 return self.apply(rows, weights, group_sizes)
             gate, up, down = (weights[name] for name in ("gate", "up", "down"))
             return experts.gated_ffn(
-                rows, gate, up, down, group_sizes, scale=scale, **spread, aside=self.aside,
+                rows, gate, up, down, group_sizes, scale=scale, **whose, aside=self.aside,
                 implementation=self.implementation, spare=self.spare, tail=self.tail,
             )  # fmt: skip
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.combine import combine, spread
+from pallas_kernels.combine import combine
 from pallas_kernels.gated_ffn import mosaic_gpu
 from pallas_kernels.grouped_matmul import GroupMetadata, group_metadata, grouped_matmul, named, pick
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
@@ -31,8 +31,8 @@ def gated_ffn(
     *,
     activation: str = "silu",
     scale: jax.Array | None = None,
+    tokens: jax.Array | None = None,
     slot: jax.Array | None = None,
-    spread_rows: jax.Array | None = None,
     aside: int = 0,
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
@@ -45,36 +45,34 @@ def gated_ffn(
     Once and in reverse mode, as `grouped_matmul`.
 
     scale (M,) f32 multiplies each row of what goes into `down`, before it is rounded: a gate applied so needs no result
-    of `down` for its gradient. slot (T, K) i32: rows are x (T, D), to be spread to M = T·K rows (`combine.spread`);
-    spread_rows: these rows, where they are there already; the gradient is x's all the same. With "mosaic_gpu" a
-    backward pass then makes x's gradient before those of gate and up, which leave `aside` multiprocessors, an even
-    number, to what is done with it meanwhile. metadata: `group_metadata(group_sizes, M)`.
-    implementation: of `grouped_matmul`; with "mosaic_gpu" the products with gate and up and the activation are one
-    kernel, which stores the two products only for a backward pass, and the gradient of rows another; with any other,
-    plain products. What products give has the checkpoint name "experts", for `jax.checkpoint` to keep.
+    of `down` for its gradient. tokens (T, D) and slot (T, K) i32: rows are `combine.spread`(tokens, slot, M), and the
+    gradient is that of tokens, which are never read; rows get none. With "mosaic_gpu" a backward pass then makes it
+    before those of gate and up, which leave `aside` multiprocessors, an even number, to what is done with it meanwhile.
+
+    metadata: `group_metadata(group_sizes, M)`. implementation: of `grouped_matmul`; with "mosaic_gpu" the products with
+    gate and up and the activation are one kernel, which stores the two products only for a backward pass, and the
+    gradient of rows another; with any other, plain products. What products give has the checkpoint name "experts", for
+    `jax.checkpoint` to keep.
 
     Raises ValueError for shapes, dtypes or an activation that don't fit, NotImplementedError as `grouped_matmul`.
     """
     rows, gate, up, down, group_sizes = (jnp.asarray(a) for a in (rows, gate, up, down, group_sizes))
     _check(rows, gate, up, down, group_sizes, activation)
-    _check_spread(rows, slot, spread_rows)
-    M = rows.shape[0] if slot is None else slot.size
+    _check_tokens(rows, tokens, slot)
     scale = None if scale is None else jnp.asarray(scale)
-    if scale is not None and (scale.shape != (M,) or scale.dtype != jnp.float32):
-        raise ValueError(f"gated_ffn: scale must be float32 ({M},); got {scale.dtype}{list(scale.shape)}")
-    some = jax.ShapeDtypeStruct((M, rows.shape[1]), rows.dtype)
-    name = named(implementation, some, gate) if implementation else pick(some, gate)
-    if 0 in (*some.shape, *gate.shape):
-        return vary_alike(jnp.zeros(some.shape, rows.dtype), rows, gate)[0]
+    if scale is not None and (scale.shape != rows.shape[:1] or scale.dtype != jnp.float32):
+        raise ValueError(f"gated_ffn: scale must be float32 ({rows.shape[0]},); got {scale.dtype}{list(scale.shape)}")
+    name = named(implementation, rows, gate) if implementation else pick(rows, gate)
+    if 0 in (*rows.shape, *gate.shape):
+        return vary_alike(jnp.zeros(rows.shape, rows.dtype), rows, gate)[0]
     if metadata is None:
-        metadata = group_metadata(group_sizes, M)
+        metadata = group_metadata(group_sizes, rows.shape[0])
     check_metadata("gated_ffn", metadata, group_sizes)
     if name == "mosaic_gpu":
-        args = vary_alike(rows, spread_rows, slot, gate, up, down, scale, group_sizes, metadata)
+        args = vary_alike(rows, tokens, slot, gate, up, down, scale, group_sizes, metadata)
         out = _block(activation, aside, *args)
     else:
-        if slot is not None:
-            rows = spread(rows, slot, M) if spread_rows is None else _instead(*vary_alike(rows, slot, spread_rows))
+        rows = rows if tokens is None else _of_tokens(*vary_alike(rows, tokens, slot))
         product = functools.partial(
             grouped_matmul, group_sizes=group_sizes, metadata=metadata, implementation=implementation
         )
@@ -102,17 +100,16 @@ def _check(rows, gate, up, down, group_sizes, activation) -> None:
     )
 
 
-def _check_spread(x, slot, spread_rows) -> None:
-    if slot is None and spread_rows is not None:
-        raise ValueError("gated_ffn: spread_rows without slot; give the places of each token's rows")
-    if slot is not None and (slot.ndim != 2 or slot.dtype != jnp.int32 or slot.shape[0] != x.shape[0]):
+def _check_tokens(rows, tokens, slot) -> None:
+    if (tokens is None) != (slot is None):
+        raise ValueError("gated_ffn: tokens and slot go together; give both or neither")
+    if tokens is None:
+        return
+    T, D = tokens.shape[0], rows.shape[1]
+    if tokens.shape != (T, D) or tokens.dtype != rows.dtype or slot.shape[:-1] != (T,) or slot.dtype != jnp.int32:
         raise ValueError(
-            f"gated_ffn: slot must be int32 (T, K) for {x.shape[0]} tokens; got {slot.dtype}{list(slot.shape)}"
-        )
-    if spread_rows is not None and (spread_rows.shape != (slot.size, x.shape[1]) or spread_rows.dtype != x.dtype):
-        raise ValueError(
-            f"gated_ffn: spread_rows must be {x.dtype}({slot.size}, {x.shape[1]}); got "
-            f"{spread_rows.dtype}{list(spread_rows.shape)}"
+            f"gated_ffn: tokens must be {rows.dtype}(T, {D}) and slot int32(T, K); got "
+            f"{tokens.dtype}{list(tokens.shape)} and {slot.dtype}{list(slot.shape)}"
         )
 
 
@@ -125,30 +122,21 @@ def _gated(activation, a, b, scale):
 
 
 @jax.custom_vjp
-def _instead(x, slot, rows):
-    """rows, with the gradient of spread(x, slot)."""
+def _of_tokens(rows, tokens, slot):
+    """rows, with the gradient of spread(tokens, slot)."""
     return rows
 
 
-_instead.defvjp(lambda x, slot, rows: (rows, slot), lambda slot, grad: (combine(grad, slot, None), None, None))
+_of_tokens.defvjp(lambda rows, _, slot: (rows, slot), lambda slot, grad: (None, combine(grad, slot, None), None))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _block(activation, aside, x, rows, slot, gate, up, down, scale, group_sizes, metadata):
-    (hidden,) = mosaic_gpu.hidden(activation, _rows(x, rows, slot), gate, up, metadata, keep=False, scale=scale)
-    return products.forward(hidden, down, group_sizes, metadata, False, x.dtype)
+def _block(activation, aside, rows, tokens, slot, gate, up, down, scale, group_sizes, metadata):
+    (hidden,) = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=False, scale=scale)
+    return products.forward(hidden, down, group_sizes, metadata, False, rows.dtype)
 
 
-def _rows(x, rows, slot):
-    """Kept by their name where they were spread, so that the results of `down` needn't be."""
-    if slot is None:
-        return x
-    with jax.named_scope("dispatch"):
-        return checkpoint_name(spread(x, slot, slot.size) if rows is None else rows, "experts")
-
-
-def _block_forward(activation, aside, x, rows, slot, gate, up, down, scale, group_sizes, metadata):
-    rows = _rows(x, rows, slot)
+def _block_forward(activation, aside, rows, tokens, slot, gate, up, down, scale, group_sizes, metadata):
     hidden, *kept = mosaic_gpu.hidden(activation, rows, gate, up, metadata, keep=True, scale=scale)
     a, b = (checkpoint_name(x, "experts") for x in kept)
     out = products.forward(hidden, down, group_sizes, metadata, False, rows.dtype)
@@ -163,7 +151,7 @@ def _block_backward(activation, aside, residuals, grad):
     hidden, *grads, dscale = _activation_gradients(activation, a, b, scale, dhidden, metadata)
     weight_gradient = functools.partial(products.drhs, group_sizes=group_sizes, out_dtype=gate.dtype)
     ddown = weight_gradient(hidden, grad, metadata=metadata)
-    if slot is not None:  # a kernel that leaves no room would wait for what has x's gradient
+    if slot is not None:  # a kernel that leaves no room would wait for what has the tokens' gradient
         ddown, *grads = jax.lax.optimization_barrier((ddown, *grads))
     dx = mosaic_gpu.dlhs(grads, (gate, up), metadata)
     if slot is not None:
@@ -172,7 +160,8 @@ def _block_backward(activation, aside, residuals, grad):
         dx, rows, *grads = jax.lax.optimization_barrier((dx, rows, *grads))
         metadata = dataclasses.replace(metadata, spare=max(metadata.spare, aside))
     dgate, dup = (weight_gradient(rows, each, metadata=metadata) for each in grads)
-    return dx, None, None, dgate, dup, ddown, dscale, None, None
+    of_rows, of_tokens = (dx, None) if slot is None else (None, dx)
+    return of_rows, of_tokens, None, dgate, dup, ddown, dscale, None, None
 
 
 def _activation_gradients(activation, a, b, scale, dhidden, metadata):

@@ -32,9 +32,15 @@ def _sigmoid(x):
 
 
 _GELU = 1.5957691216057308  # 2 · sqrt(2 / π), of its tanh form
+
+
+def _inside_gelu(x):
+    return _GELU * (x + 0.044715 * x * x * x)
+
+
 ACTIVATIONS = {
     "silu": lambda x: x * _sigmoid(x),
-    "gelu": lambda x: x * _sigmoid(_GELU * (x + 0.044715 * x * x * x)),
+    "gelu": lambda x: x * _sigmoid(_inside_gelu(x)),
     "relu": lambda x: jnp.maximum(x, 0),
 }
 
@@ -47,7 +53,7 @@ def _slope(x, inside, inside_slope):
 
 _SLOPES = {
     "silu": lambda x: _slope(x, x, 1.0),
-    "gelu": lambda x: _slope(x, _GELU * (x + 0.044715 * x * x * x), _GELU * (1 + 3 * 0.044715 * x * x)),
+    "gelu": lambda x: _slope(x, _inside_gelu(x), _GELU * (1 + 3 * 0.044715 * x * x)),
     "relu": lambda x: (jnp.maximum(x, 0), jnp.where(x > 0, jnp.ones_like(x), jnp.zeros_like(x))),
 }
 

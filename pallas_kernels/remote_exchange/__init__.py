@@ -68,16 +68,15 @@ def arrivals(going: jax.Array, rows: int) -> jax.Array:
     return jnp.where(going & (before < rows), before, rows)
 
 
-def send(x: jax.Array, routes: Routes, *, axis: str, beside: int = 0, back_beside: int | None = None) -> jax.Array:
+def send(x: jax.Array, routes: Routes, *, axis: str, beside: int = 0) -> jax.Array:
     """x (T, D) -> (R, D): the rows that all devices have for this one, `routes.source` of all tokens.
 
-    Rows past those are undefined: they hold what the memory held. Differentiable in x, by a `collect` beside what
-    `back_beside` says, by default as `beside`. Raises NotImplementedError where `why_not` has a reason.
+    Rows past those are undefined: they hold what the memory held. Differentiable in x. Raises NotImplementedError where
+    `why_not` has a reason.
     """
     _check_tokens("send", x, routes)
     _check("send", x, routes, axis)
-    back = beside if back_beside is None else back_beside
-    return _send(axis, (beside, back), *vary_alike(x, routes))
+    return _send(axis, beside, *vary_alike(x, routes))
 
 
 def send_spread(x: jax.Array, routes: Routes, slot: jax.Array, *, axis: str, back_beside: int = 0):
@@ -154,12 +153,12 @@ def _run(function, axis, beside, *args):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _send(axis, beside, x, routes):
-    return _run(mosaic_gpu.send, axis, beside[0], x, routes.source, routes.starts)
+    return _run(mosaic_gpu.send, axis, beside, x, routes.source, routes.starts)
 
 
 _send.defvjp(
     lambda axis, beside, x, routes: (_send(axis, beside, x, routes), routes),
-    lambda axis, beside, routes, grad: (_run(mosaic_gpu.collect, axis, beside[1], grad, routes.places), None),
+    lambda axis, beside, routes, grad: (_run(mosaic_gpu.collect, axis, beside, grad, routes.places), None),
 )
 
 

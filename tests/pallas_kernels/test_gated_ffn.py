@@ -66,12 +66,17 @@ def exact(rows, gate, up, down, grad, sizes, activation, scale=None):
 def value_and_gradients(
     rows, gate, up, down, grad, sizes, activation="silu", implementation=None, scale=None, slot=None, tail=True
 ):
-    def block(rows, gate, up, down, *scale):
-        metadata = group_metadata(sizes, grad.shape[0], tail=tail)
-        options = {"activation": activation, "implementation": implementation, "metadata": metadata, "slot": slot}
-        return gated_ffn(rows, gate, up, down, sizes, scale=scale[0] if scale else None, **options)
+    """With slot the gradient of the tokens whose rows these are, in place of rows'; the tokens themselves are NaN."""
+    x = rows if slot is None else jnp.full((slot.shape[0], rows.shape[1]), jnp.nan, rows.dtype)
 
-    out, pull = jax.vjp(block, rows, gate, up, down, *(() if scale is None else (scale,)))
+    def block(x, gate, up, down, *scale):
+        whose = {} if slot is None else {"tokens": x, "slot": slot}
+        metadata = group_metadata(sizes, grad.shape[0], tail=tail)
+        options = {"activation": activation, "implementation": implementation, "metadata": metadata, **whose}
+        of = x if slot is None else rows
+        return gated_ffn(of, gate, up, down, sizes, scale=scale[0] if scale else None, **options)
+
+    out, pull = jax.vjp(block, x, gate, up, down, *(() if scale is None else (scale,)))
     return out, *pull(grad)
 
 
@@ -167,11 +172,11 @@ def test_the_block_of_tokens_interpreted(name, capfd, monkeypatch):
     row = np.random.default_rng(1).permutation(64)
     token = np.argsort(row) // 4  # of each row
     slot = jnp.asarray(np.where(row < 57, row, 64).reshape(T, 4), jnp.int32)
-    x, *weights, _ = operands([T], T, 64, 128)[:1] + operands(sizes, 64, 64, 128)[1:]
-    grad, scale = operands(sizes, 64, 64, 128)[-1], jnp.linspace(0.1, 1.0, 64)
-    args = x, *weights, grad, jnp.asarray(sizes), "silu", name, scale, slot, False
+    rows, *weights, grad = operands(sizes, 64, 64, 128)
+    rows, scale = operands([T], T, 64, 128)[0][token].at[57:].set(jnp.nan), jnp.linspace(0.1, 1.0, 64)
+    args = rows, *weights, grad, jnp.asarray(sizes), "silu", name, scale, slot, False
     out, dx, *others, dscale = interpreted(lambda: value_and_gradients.__wrapped__(*args), capfd)
-    want, drows, *gradients = exact(x[token], *weights, grad, sizes, "silu", scale)
+    want, drows, *gradients = exact(rows, *weights, grad, sizes, "silu", scale)
     of_token = np.zeros((T, 64))
     np.add.at(of_token, token[:57], drows[:57])
     got = out.at[57:].set(0), dx, *others, dscale.at[57:].set(0)
@@ -226,16 +231,15 @@ def test_forward_and_backward_leave_multiprocessors_to_spare(spare, aside, monke
     monkeypatch.setattr(hopper, "launch", lambda name, body, t, *args, **options: blocks.append((name, t.blocks)) or (
         launch(name, body, t, *args, **options)))  # fmt: skip
 
-    slot = jnp.zeros((500, 2), jnp.int32) if aside else None
+    whose = {"tokens": jnp.zeros((500, 256), jnp.bfloat16), "slot": jnp.zeros((500, 2), jnp.int32)} if aside else {}
 
     def block(rows, gate, up, down, sizes):
-        options = {"metadata": group_metadata(sizes, 1000, spare), "slot": slot, "aside": aside}
+        options = {"metadata": group_metadata(sizes, 1000, spare), **whose, "aside": aside}
         return gated_ffn(rows, gate, up, down, sizes, implementation="mosaic_gpu", **options).sum()
 
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     weights = bf16((4, 256, 192)), bf16((4, 256, 192)), bf16((4, 192, 256))
-    rows = bf16((500 if aside else 1000, 256))
-    jax.eval_shape(jax.grad(block, argnums=(0, 1, 2, 3)), rows, *weights, jnp.zeros(4, jnp.int32))
+    jax.eval_shape(jax.grad(block, argnums=(0, 1, 2, 3)), bf16((1000, 256)), *weights, jnp.zeros(4, jnp.int32))
     assert {name for name, _ in blocks} == {
         "gated_ffn_hidden", "gated_ffn_dlhs", "grouped_matmul", "grouped_matmul_drhs",
     }  # fmt: skip
@@ -272,12 +276,12 @@ def test_bad_input():
     rows, gate, up, down, _ = operands((4,), 4, 64, 64)
     sizes = jnp.array([4], jnp.int32)
     slot = jnp.zeros((4, 2), jnp.int32)
-    with pytest.raises(ValueError, match="spread_rows without slot"):
-        gated_ffn(rows, gate, up, down, sizes, spread_rows=rows)
-    with pytest.raises(ValueError, match=r"slot must be int32 \(T, K\) for 4 tokens; got int32\[3, 2\]"):
-        gated_ffn(rows, gate, up, down, sizes, slot=slot[:3])
-    with pytest.raises(ValueError, match=r"spread_rows must be bfloat16\(8, 64\); got bfloat16\[4, 64\]"):
-        gated_ffn(rows, gate, up, down, sizes, slot=slot, spread_rows=rows)
+    with pytest.raises(ValueError, match="tokens and slot go together"):
+        gated_ffn(rows, gate, up, down, sizes, slot=slot)
+    with pytest.raises(ValueError, match=r"slot int32\(T, K\); got bfloat16\[4, 64\] and int32\[3, 2\]"):
+        gated_ffn(rows, gate, up, down, sizes, tokens=rows, slot=slot[:3])
+    with pytest.raises(ValueError, match=r"tokens must be bfloat16\(T, 64\) .* got bfloat16\[4, 32\]"):
+        gated_ffn(rows, gate, up, down, sizes, tokens=rows[:, :32], slot=slot)
     with pytest.raises(ValueError, match="unknown activation 'swish'; there are silu, gelu, relu"):
         gated_ffn(rows, gate, up, down, sizes, activation="swish")
     with pytest.raises(ValueError, match=r"must be \(M, D\).*got \(4, 64\), \(1, 64, 64\), \(1, 64, 32\)"):
