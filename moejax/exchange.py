@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,20 +32,30 @@ AXIS = "expert"
 NAMES = ("gather", "all_to_all", "ragged", "remote")
 
 
-def pick(name: str | None, token_choice: bool = True) -> str:
+def pick(name: str | None, token_choice: bool = True, rows: Any = None) -> str:
     """The exchange that runs for `model.moe.exchange` = name; UserError for one that doesn't exist.
 
-    None is ragged on TPU, where tokens choose experts, and else gather: both without a bound, so nothing is dropped.
+    None is, of those without a bound, so that nothing is dropped: where tokens choose experts `ragged` on TPU, and
+    `remote` on a host's linked GPUs where it takes `rows` (…, D), a shape and dtype; else `gather`.
     """
     if name is None:
         platform = sharding.platform()
-        name = "ragged" if platform == "tpu" and token_choice else "gather"
+        name = "gather"
+        if token_choice and platform == "tpu":
+            name = "ragged"
+        if token_choice and platform == "gpu" and rows is not None and _linked() and why_not_remote(rows) is None:
+            name = "remote"
         _say_pick(name, platform)
     if name not in NAMES:
         raise UserError(
             f"config.model.moe.exchange={name!r} does not exist; there is {', '.join(NAMES)}: choose it or leave it out"
         )
     return name
+
+
+def _linked() -> bool:
+    """Whether every GPU of a host reads every other one's memory over NVLink; boards and parts of a GPU may not."""
+    return not re.search("PCIe|NVL|MIG", jax.devices()[0].device_kind)
 
 
 @functools.cache
@@ -175,9 +186,14 @@ def arrived(expert: jax.Array, mine: int) -> Routing:
 # ---- remote
 
 
-def check_remote(x: jax.Array) -> None:
-    """UserError unless x (…, D) can go by remote references here."""
-    reason = remote_exchange.why_not(jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), x.shape[-1]), x.dtype))
+def why_not_remote(rows: Any) -> str | None:
+    """None where rows (…, D), which may be a shape and dtype alone, can go by remote references here; else the need."""
+    return remote_exchange.why_not(jax.ShapeDtypeStruct((math.prod(rows.shape[:-1]), rows.shape[-1]), rows.dtype))
+
+
+def check_remote(x: Any) -> None:
+    """UserError unless x (…, D), which may be a shape and dtype alone, can go by remote references here."""
+    reason = why_not_remote(x)
     if reason is not None:
         raise UserError(
             f"config.model.moe.exchange='remote' can't move {x.dtype} rows of width {x.shape[-1]} on "

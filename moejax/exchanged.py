@@ -62,7 +62,7 @@ def check(moe: MoEConfig, devices: int, x, decision) -> None:
     B, L, _ = x.shape
     token_choice = isinstance(decision, Routing)
     check_chunks(moe.exchange_chunks, B, L, token_choice)
-    way = exchange.pick(moe.exchange, token_choice)
+    way = exchange.pick(moe.exchange, token_choice, x)
     if way != "gather" and not token_choice:
         raise UserError(f"config.model.moe.exchange={way!r} can't move rows of expert choice: give 'gather'")
     tokens, mine = B * L // moe.exchange_chunks, moe.num_experts // devices

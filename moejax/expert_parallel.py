@@ -60,7 +60,7 @@ def mixture_and_overflow(
         return run(x, decision, weights)
     if exchange.AXIS in axes:
         exchange.check_experts(num_experts, jax.sharding.get_abstract_mesh().shape[exchange.AXIS])
-        way = exchange.pick(way, isinstance(decision, routing.Routing))
+        way = exchange.pick(way, isinstance(decision, routing.Routing), x)
         if way != "gather" and not isinstance(decision, routing.Routing):
             raise UserError(f"config.model.moe.exchange={way!r} can't move rows of expert choice: give 'gather'")
         if way == "remote":

@@ -276,12 +276,20 @@ def layer_statistics(tallies: dict[str, jax.Array]) -> dict[str, jax.Array]:
     } | ({} if overflow is None else {"overflow_fraction": jnp.mean(overflow)})
 
 
+# XLA would compile and time many kernels of its own for each product and fusion: a quarter of the time to compile and
+# more, and no shorter steps for it (experiments/LOG.md). Experts and attention have kernels; cuBLAS has the rest.
+_ON_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_experimental_enable_fusion_autotuner": False}
+
+
 def compiled_step(
     model: nn.Module, tx: optax.GradientTransformation, config: Config, shardings: TrainState
 ) -> jax.stages.Wrapped:
     """`train_step` under jit: the state is donated and keeps its shardings (Auto mode may lose them otherwise)."""
     step = functools.partial(train_step, model=model, tx=tx, config=config)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    on_gpu = all(device.platform in ("gpu", "cuda") for device in jax.tree.leaves(shardings)[0].device_set)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=_ON_GPU if on_gpu else None
+    )
 
 
 def to_devices(batch: dict[str, Any], placement: NamedSharding) -> dict[str, jax.Array]:

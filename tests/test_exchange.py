@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+import types
 
 import emulated_remote
 import jax
@@ -169,6 +170,24 @@ def test_remote_lowers_with_its_gradients_way_home_beside_products(monkeypatch):
     assert len(re.findall("call @compute_on", text)) == 1
     of_weights = ", ".join(["tensor<2x128x256xbf16>"] + ["tensor<2x256x128xbf16>"] * 2)
     assert "optimization_barrier" in text and f": tensor<2x16x256xbf16>, {of_weights}" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "token_choice", "wanted"),
+    [
+        ("NVIDIA H200", 256, True, "remote"),
+        ("NVIDIA H200", 96, True, "gather"),
+        ("NVIDIA H200", 256, False, "gather"),
+        ("NVIDIA H100 PCIe", 256, True, "gather"),
+    ],
+)
+def test_left_out_a_hosts_linked_gpus_exchange_by_remote(kind, width, token_choice, wanted, monkeypatch):
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind=kind)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    rows = jax.ShapeDtypeStruct((2, 8, width), jnp.bfloat16)
+    assert exchange.pick(None, token_choice, rows) == wanted
+    assert exchange.pick("all_to_all", token_choice, rows) == "all_to_all"
 
 
 def test_the_collectives_are_the_ones_meant_and_expert_weights_stay():

@@ -76,10 +76,11 @@ def test_what_is_sent_is_what_comes(data):
     np.testing.assert_array_equal(found.overflow, lost)
 
 
-def over(devices: int):
-    """Runs a function of arrays split over the axis `expert` on that many devices."""
-    mesh = jax.make_mesh((devices,), ("expert",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
-    spec = jax.P("expert")
+def over(devices: int, data: int = 1):
+    """Runs a function of arrays split over the axis `expert` on that many devices, `data` times side by side."""
+    types, all_of_them = (jax.sharding.AxisType.Auto,) * 2, jax.devices()[: data * devices]
+    mesh = jax.make_mesh((data, devices), ("data", "expert"), types, devices=all_of_them)
+    spec = jax.P(("data", "expert"))
     return lambda run: jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec))
 
 
@@ -116,9 +117,9 @@ def test_sums_come_back_and_each_way_is_the_others_gradient(monkeypatch):
     np.testing.assert_array_equal(again, came)
 
 
-def operands(devices: int, tokens: int, width: int, rows: int, dtype):
+def operands(devices: int, tokens: int, width: int, rows: int, dtype, seed: int = 0):
     """x, y and everyone's choices of 2 of 2 experts a device, some none, split over the devices."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     experts = jnp.asarray(rng.integers(0, 2 * devices + 2, (devices * tokens, 2)), jnp.int32)
     x, y = (jnp.asarray(rng.normal(size=(devices * n, width)), dtype) for n in (tokens, rows))
     return x, y, experts
@@ -182,14 +183,14 @@ def test_the_kernels_lower_and_use_no_multicast(monkeypatch):
 
 
 def test_beside_products_they_lower_for_a_stream_of_their_own(monkeypatch):
-    """Forward and backward, each way by a call that XLA may not take apart."""
+    """Forward and backward, each way by a call that XLA may not take apart; on two times four devices."""
     monkeypatch.setattr(products, "_hopper", lambda: True)
-    x, y, experts = operands(4, 64, 256, 128, jnp.bfloat16)
+    x, y, experts = operands(8, 64, 256, 128, jnp.bfloat16)
 
     def run(x, y, experts):
         return jax.vjp(lambda x, y: there_and_back(x, y, experts, beside=SPARE)[:3:2], x, y)[1]((y, x))
 
-    text = over(4)(run).trace(x, y, experts).lower(lowering_platforms=("cuda",)).as_text()
+    text = over(4, data=2)(run).trace(x, y, experts).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r'call @compute_on.*_xla_stream_annotation = "1", inlineable = "false"', text)
     assert len(calls) == text.count("uses_xla_collective_metadata = true") == 2
     assert not re.search("symmetric_memory_parameters|multi(mem|cast)", text)
@@ -197,19 +198,25 @@ def test_beside_products_they_lower_for_a_stream_of_their_own(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif("jax.default_backend() != 'gpu' or len(jax.devices()) < 2")
-@pytest.mark.parametrize(("tokens", "width", "rows"), [(500, 128, 900), (300, 2048, 100), (1, 7168, 4)])
-def test_on_the_gpus_of_a_host(tokens, width, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("tokens", "width", "rows", "data"), [(500, 128, 900, 1), (300, 2048, 100, 1), (1, 7168, 4, 1), (300, 2048, 100, 2)]
+)
+def test_on_the_gpus_of_a_host(tokens, width, rows, data, monkeypatch):
     """Bit for bit what the collectives bring, three times."""
-    devices = len(jax.devices())
-    args = operands(devices, tokens, width, rows, jnp.bfloat16)
-    got = over(devices)(there_and_back)(*args)
+    devices = len(jax.devices()) // data
+    if devices == 1:
+        pytest.skip("two times two GPUs are needed")
+    run = over(devices, data)
+    parts = [operands(devices, tokens, width, rows, jnp.bfloat16, seed) for seed in range(data)]
+    args = [jnp.concatenate(each) for each in zip(*parts, strict=True)]
+    got = run(there_and_back)(*args)
     for _ in range(2):
-        again = over(devices)(there_and_back)(*args)
+        again = run(there_and_back)(*args)
         assert all((a == b).all() for a, b in zip(got, again, strict=True))
-    aside = over(devices)(functools.partial(there_and_back, beside=SPARE))(*args)
+    aside = run(functools.partial(there_and_back, beside=SPARE))(*args)
     assert all((a == b).all() for a, b in zip(got, aside, strict=True))
     emulated_remote.install(monkeypatch)
-    wanted = over(devices)(there_and_back)(*args)
+    wanted = run(there_and_back)(*args)
     assert all((a == b).all() for a, b in zip(got, wanted, strict=True))
 
 
