@@ -2,6 +2,7 @@
 
   python experiments/benchmark_exchange.py
   python experiments/benchmark_exchange.py --part=rows --shape=16384,7168
+  python experiments/benchmark_exchange.py --part=layer --layer=OLMoE-1B-7B --way=remote --chunks=1
 
 First rows alone, T rows of width D on each GPU (bfloat16), shared among the GPUs by Dirichlet(8) of each sender: the
 rows are drawn in token order. GB/s = the larger of the bytes that the busiest GPU sends and receives off the chip, over
@@ -34,12 +35,15 @@ from moejax.errors import UserError
 from pallas_kernels import remote_exchange
 from pallas_kernels.timing import rounds
 
+_FACTORS = {"gather": None, "all_to_all": 1.25, "remote": None}  # of room, by way
 _SHAPE = flags.DEFINE_multi_string("shape", ["16384,7168", "8192,2048"], "T,D of a GPU; may be given several times.")
 _PART = flags.DEFINE_multi_enum(
     "part", ["ragged", "rows", "layer"], ["ragged", "rows", "layer"], "What to time; ragged runs in its own processes."
 )
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds of each case; the median counts.", lower_bound=1)
 _TOKENS = flags.DEFINE_integer("tokens", 16384, "Tokens of a GPU in the layer.", lower_bound=1)
+_LAYER = flags.DEFINE_multi_enum("layer", list(LAYERS), list(LAYERS), "Whose sizes the layer has.")
+_WAY = flags.DEFINE_multi_enum("way", list(_FACTORS), list(_FACTORS), "Ways of exchange that the layer is timed with.")
 _CHUNKS = flags.DEFINE_multi_integer("chunks", [4], "Time the layer in so many chunks, too.", lower_bound=1)
 
 _DECOMPOSER = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"
@@ -210,8 +214,7 @@ def layer(mesh, name: str) -> None:
 
 def _ways() -> list[tuple[str, float | None, int]]:
     """(way, factor, chunks) of every layer that is timed."""
-    ways = (("gather", None), ("all_to_all", 1.25), ("remote", None))
-    return [(way, factor, chunks) for chunks in dict.fromkeys((1, *_CHUNKS.value)) for way, factor in ways]
+    return [(way, _FACTORS[way], chunks) for chunks in dict.fromkeys((1, *_CHUNKS.value)) for way in _WAY.value]
 
 
 def _compare(found) -> None:
@@ -250,7 +253,7 @@ def main() -> None:
         elif "rows" in _PART.value:
             rows(mesh, T, D)
     if "layer" in _PART.value:
-        for name in LAYERS:
+        for name in _LAYER.value:
             layer(mesh, name)
 
 
