@@ -286,10 +286,9 @@ def compiled_step(
 ) -> jax.stages.Wrapped:
     """`train_step` under jit: the state is donated and keeps its shardings (Auto mode may lose them otherwise)."""
     step = functools.partial(train_step, model=model, tx=tx, config=config)
-    on_gpu = all(device.platform in ("gpu", "cuda") for device in jax.tree.leaves(shardings)[0].device_set)
-    return jax.jit(
-        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=_ON_GPU if on_gpu else None
-    )
+    (platform,) = {device.platform for device in jax.tree.leaves(shardings)[0].device_set}
+    options = _ON_GPU if platform == "gpu" else None
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
 def to_devices(batch: dict[str, Any], placement: NamedSharding) -> dict[str, jax.Array]:
