@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax import dispatch, sharding
 from moejax.errors import UserError
@@ -201,7 +202,9 @@ def check_remote(x: Any) -> None:
         )
 
 
-def routes(decision: Routing, mine: int, devices: int, rows: int) -> tuple[remote_exchange.Routes, Routing]:
+def routes(
+    decision: Routing, mine: int, devices: int, rows: int, parts: tuple[int, ...] = ()
+) -> tuple[remote_exchange.Routes, Routing]:
     """Where this device's tokens go, and the choices (R, K) of those that come, on its experts renumbered from 0.
 
     Choices travel ahead, all to all devices: 8 bytes each where a row has 2·D; every count and place follows from them.
@@ -211,7 +214,8 @@ def routes(decision: Routing, mine: int, devices: int, rows: int) -> tuple[remot
     chosen = jnp.where(decision.keep, decision.experts, none).astype(jnp.int32)
     experts, weights = gather((chosen, decision.weights.astype(jnp.float32)))
     me = lax.axis_index(AXIS)
-    found = remote_exchange.routes(experts, me, mine=mine, devices=devices, rows=rows)
+    found = remote_exchange.routes(experts, me, mine=mine, devices=devices, rows=rows, parts=parts)
+    found = jax.tree.map(lambda a: checkpoint_name(a, "routing"), found)
 
     def came(a, fill):
         return a.at[found.source].get(mode="fill", fill_value=fill, unique_indices=True)

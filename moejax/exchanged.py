@@ -16,16 +16,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from moejax import dispatch, exchange, ragged
+from moejax import dispatch, exchange, experts, ragged
 from moejax.config import MoEConfig
 from moejax.errors import UserError
 from moejax.routing import Routing
 from moejax.work import Work, sorted_mixture
 from pallas_kernels import remote_exchange
-from pallas_kernels.grouped_matmul import SPARE
-
-# Multiprocessors that gradients of weights leave to the exchange: with enough reads under way to be done before them.
-_ASIDE = 8
+from pallas_kernels.grouped_matmul import SPARE, group_metadata
+from pallas_kernels.remote_ffn import Part, remote_ffn
 
 
 def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, factor: float | None, chunks: int):
@@ -36,9 +34,10 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
     """
     beside = SPARE if chunks > 1 else 0
     # room for more rows than come, as a rule, and nobody reads the rest
-    work = dataclasses.replace(work, spare=beside, tail=False, aside=_ASIDE)
-    if way == "remote" and not beside:
-        x, weights = _gradients_together(x, weights)
+    work = dataclasses.replace(work, spare=beside, tail=False)
+    if way == "remote" and not beside and work.gates_inside(x.reshape(-1, x.shape[-1]), weights):
+        y, lost = by_parts(x.reshape(-1, x.shape[-1]), decision, weights, num_experts, factor)
+        return y.reshape(x.shape), lost[None]
     run = WAYS[way](weights, num_experts, work, factor, beside)
     results = pipelined(run, split(x, decision, chunks))
     y = jnp.concatenate([y.reshape(-1, x.shape[-1]) for y, _ in results]).reshape(x.shape)
@@ -46,14 +45,38 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
     return y, jnp.sum(jnp.stack(lost), dtype=jnp.int32, keepdims=True) if lost else None
 
 
-@jax.custom_vjp
-def _gradients_together(x, weights):
-    """The same. The gradients of all are there before one of them is used: XLA would put those of weights off until the
-    optimizer wants them, and nothing would run beside the way home of x's."""
-    return x, weights
+def by_parts(x, decision, weights, num_experts: int, factor: float | None):
+    """`Remote`, with products beside the exchange: x (T, D), a decision with leading axis B -> (y (T, D), overflow ()).
 
-
-_gradients_together.defvjp(lambda x, weights: ((x, weights), None), lambda _, grads: lax.optimization_barrier(grads))
+    Of more than two devices each has its own tokens' rows as a part of their own, where there is room for all that can
+    come. Of two that gains nothing: what an exchange takes less, products take more (experiments/LOG.md).
+    """
+    flat = dispatch.flatten(decision, x.shape[0])
+    T, K = flat.experts.shape
+    mine = weights["gate"].shape[0]
+    devices = num_experts // mine
+    room = exchange.rows_received(factor, T, K, devices * T)
+    parts = (1, devices - 1) if devices > 2 and room == devices * T else (devices,)
+    with jax.named_scope("dispatch"):
+        routes, came = exchange.routes(flat, mine, devices, room, parts)
+        # one plan for both parts: the second has the experts anew
+        second = (jnp.arange(room, dtype=jnp.int32) >= room * parts[0] // devices)[:, None]
+        chosen = dataclasses.replace(came, experts=came.experts + jnp.where(came.keep & second, mine, 0))
+        plan = dispatch.plan(chosen, len(parts) * mine)
+    assert plan.slot is not None, "tokens choose"
+    found, gates, row, before = [], [], 0, jnp.int32(0)
+    of_part = zip(remote_exchange.split(routes, parts), jnp.split(plan.group_sizes, len(parts)), strict=True)
+    for its_routes, sizes in of_part:
+        rows = slice(row, row + its_routes.source.shape[0])
+        metadata = group_metadata(sizes, its_routes.source.shape[0] * K, tail=False)
+        metadata = jax.tree.map(lambda a: checkpoint_name(a, "routing"), metadata)
+        found.append(Part(its_routes, plan.slot[rows] - before, metadata))
+        gates.append(came.weights[rows])
+        row, before = rows.stop, jnp.sum(sizes)
+    gate, up, down = (weights[name] for name in ("gate", "up", "down"))
+    experts.check(x, gate, up, down, plan.group_sizes[:mine], "silu")
+    y = remote_ffn(x, gate, up, down, gates, found, axis=exchange.AXIS)
+    return y, routes.overflow
 
 
 def check(moe: MoEConfig, devices: int, x, decision) -> None:
@@ -231,10 +254,7 @@ class AllToAll(Way):
 
 class Remote(Way):
     """Each token goes once to every device with experts for it, where its rows are summed with their gates in float32;
-    the sums come back in x's dtype and are summed in float32 at home.
-
-    Where experts' own kernel applies the gates, rows are sorted by expert as they come, and the way home of the tokens'
-    gradient has gradients of weights beside it.
+    the sums come back in x's dtype and are summed in float32 at home. `by_parts` does the same with kernels alone.
     """
 
     def plan(self, x, decision):
@@ -244,31 +264,18 @@ class Remote(Way):
         # a token is one row here, however many of mine it chose
         room = exchange.rows_received(self.factor, T, K, self.devices * T)
         with jax.named_scope("dispatch"):
-            routes, came = exchange.routes(flat, self.mine, self.devices, room)
-            sorts = not self.beside and self.apply.gates_inside(tokens, self.weights)
-            return tokens, (routes, came, dispatch.plan(came, self.mine) if sorts else None)
+            return tokens, exchange.routes(flat, self.mine, self.devices, room)
 
     def send(self, out, state):
-        routes, _, plan = state
         with jax.named_scope("exchange"):
-            if plan is None:
-                return remote_exchange.send(out, routes, axis=exchange.AXIS, beside=self.beside)
-            return remote_exchange.send_spread(out, routes, plan.slot, axis=exchange.AXIS, back_beside=self.apply.aside)
+            return remote_exchange.send(out, state[0], axis=exchange.AXIS, beside=self.beside)
 
     def work(self, came, state):
-        _, decision, plan = state
-        if plan is None:
-            return sorted_mixture(came, decision, self.weights, self.mine, self.apply, came.dtype)
-        rows, tokens = came
-        rows = checkpoint_name(rows, "experts")  # kept in the room of the results that needn't be
-        return self.apply.experts(rows, self.weights, plan.group_sizes, plan.weight, tokens=tokens, slot=plan.slot)
+        return sorted_mixture(came, state[1], self.weights, self.mine, self.apply, came.dtype)
 
     def fetch(self, done, state):
-        routes, _, plan = state
         with jax.named_scope("exchange"):
-            if plan is None:
-                return remote_exchange.collect(done, routes, axis=exchange.AXIS, beside=self.beside)
-            return remote_exchange.combine_collect(done, routes, plan.slot, axis=exchange.AXIS)
+            return remote_exchange.collect(done, state[0], axis=exchange.AXIS, beside=self.beside)
 
     def finish(self, home, state):
         return home, state[0].overflow

@@ -34,9 +34,6 @@ def gated_ffn(
     *,
     activation: str = "silu",
     scale: Array | None = None,
-    tokens: Array | None = None,
-    slot: Array | None = None,
-    aside: int = 0,
     metadata: GroupMetadata | None = None,
     implementation: str | None = None,
     spare: int = 0,
@@ -46,13 +43,13 @@ def gated_ffn(
 
     rows (R, D) sorted by expert; gate, up (E, D, F) and down (E, F, D) of rows' dtype; group_sizes (E,) i32. Returns
     (R, D), zeros past the sum of group_sizes, undefined without `tail`; those rows are never read. Products are summed
-    in float32 and rounded to rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; tokens (T, D) and
-    slot (T, K) i32, whose rows these are, and aside: see the kernels' `gated_ffn`; all only where `takes_scale`.
+    in float32 and rounded to rows' dtype. scale (R,) f32: gates that multiply what goes into `down`; only where
+    `takes_scale`.
     metadata: `group_metadata(group_sizes, R)`, shared by the six products of forward and backward. implementation: of
     `grouped_matmul`; with "blocks" (the choice on CPU) rows are padded once for all products. spare and tail: of
     `group_metadata`, where none is given.
     """
-    _check(rows, gate, up, down, group_sizes, activation)
+    check(rows, gate, up, down, group_sizes, activation)
     with jax.named_scope("experts"):
         if metadata is None:
             metadata = group_metadata(group_sizes, rows.shape[0], spare, tail)
@@ -61,10 +58,9 @@ def gated_ffn(
         if name == "mosaic_gpu":
             return kernels.gated_ffn(
                 rows, gate, up, down, group_sizes,
-                activation=activation, scale=scale, tokens=tokens, slot=slot, aside=aside,
-                metadata=metadata, implementation=name,
+                activation=activation, scale=scale, metadata=metadata, implementation=name,
             )  # fmt: skip
-        assert scale is None and tokens is None, f"{name} takes neither"
+        assert scale is None, f"{name} takes none"
         if rows.shape[0] and name == "blocks":
             return _blocks(activation, *vary_alike(rows, gate, up, down, metadata))
         product = functools.partial(
@@ -79,7 +75,8 @@ def takes_scale(rows: Array, gate: Array, implementation: str | None = None) -> 
     return (implementation or pick(rows, gate)) == "mosaic_gpu"
 
 
-def _check(rows, gate, up, down, group_sizes, activation) -> None:
+def check(rows, gate, up, down, group_sizes, activation) -> None:
+    """UserError unless these are operands of `gated_ffn`."""
     if activation not in ACTIVATIONS:
         raise UserError(f"unknown activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
     E, D, F = gate.shape

@@ -14,26 +14,22 @@ from moejax import dispatch, experts
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What experts do with rows: arguments of `expert_parallel.mixture_and_overflow`, and of `group_metadata`.
-
-    aside: multiprocessors that gradients of weights leave to the way home of the tokens' gradient.
-    """
+    """What experts do with rows: arguments of `expert_parallel.mixture_and_overflow`, and of `group_metadata`."""
 
     implementation: str | None = None
     apply: Callable | None = None
     spare: int = 0
     tail: bool = True
-    aside: int = 0
 
-    def experts(self, rows, weights, group_sizes, scale=None, **whose):
-        """(R, D) sorted by expert -> (R, D); whose: tokens and slot of `experts.gated_ffn`."""
+    def experts(self, rows, weights, group_sizes, scale=None):
+        """(R, D) sorted by expert -> (R, D)."""
         with jax.named_scope("experts"):
             if self.apply is not None:
                 return self.apply(rows, weights, group_sizes)
             gate, up, down = (weights[name] for name in ("gate", "up", "down"))
             return experts.gated_ffn(
-                rows, gate, up, down, group_sizes, scale=scale, **whose, aside=self.aside,
-                implementation=self.implementation, spare=self.spare, tail=self.tail,
+                rows, gate, up, down, group_sizes,
+                scale=scale, implementation=self.implementation, spare=self.spare, tail=self.tail,
             )  # fmt: skip
 
     def gates_inside(self, rows, weights):

@@ -62,16 +62,28 @@ def forward(lhs, rhs, group_sizes, metadata: GroupMetadata, transpose_rhs, out_d
 
 def drhs(lhs, grad, group_sizes, metadata: GroupMetadata, out_dtype, tiles: Tiling | None = None):
     """(M, K), (M, N) -> (E, K, N): each group's lhsᵀ · grad."""
-    (M, K), N = lhs.shape, grad.shape[1]
-    t = here(tiles or tilings.pick("drhs", _ROWS, M // max(len(group_sizes), 1)), lhs, metadata.spare)
-    spare = ((0, -M % 8), (0, 0))
-    out = jax.ShapeDtypeStruct((*group_sizes.shape, K, N), out_dtype)
-    body = functools.partial(_drhs_kernel, t)
+    del group_sizes
+    return drhs_of(((lhs, grad, metadata),), out_dtype, tiles)
+
+
+def drhs_of(parts, out_dtype, tiles: Tiling | None = None):
+    """`drhs` of groups whose rows are in several arrays: parts of (lhs (M, K), grad (M, N), metadata), summed in one
+    accumulator. Multiprocessors are left as the first one's metadata says."""
+    (lhs, grad, metadata), E = parts[0], parts[0][2].ends.shape[0]
+    M, K, N = sum(lhs.shape[0] for lhs, _, _ in parts), lhs.shape[1], grad.shape[1]
+    t = here(tiles or tilings.pick("drhs", _ROWS, M // max(E, 1)), lhs, metadata.spare)
+    out = jax.ShapeDtypeStruct((E, K, N), out_dtype)
     stage = {"a": (_STEP, _ROWS), "b": (_STEP, COLUMNS)}
-    kernel = hopper.launch("grouped_matmul_drhs", body, t, out, stage, lhs.dtype)
-    order = schedule.by_size(metadata.starts, metadata.ends) if metadata.by_size is None else metadata.by_size
-    result = kernel(order, metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare))
-    return vary_alike(result, lhs)[0]
+    kernel = hopper.launch("grouped_matmul_drhs", functools.partial(_drhs_kernel, t), t, out, stage, lhs.dtype)
+    order = metadata.by_size if len(parts) == 1 else None
+    if order is None:
+        starts, ends = (sum(getattr(m, name) for _, _, m in parts) for name in ("starts", "ends"))
+        order = schedule.by_size(starts, ends)
+    args = [order]
+    for lhs, grad, metadata in parts:
+        spare = ((0, -lhs.shape[0] % 8), (0, 0))  # the copy engine takes rows in eights
+        args += [metadata.starts, metadata.ends, jnp.pad(lhs, spare), jnp.pad(grad, spare)]
+    return vary_alike(kernel(*args), lhs)[0]
 
 
 def row_tiles(metadata: GroupMetadata, M: int):
@@ -129,33 +141,67 @@ def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a,
     hopper.pipeline(t, turns, info, steps, load, compute, ready, free)
 
 
-def _drhs_kernel(t: Tiling, by_size, starts, ends, lhs, grad, out, *, a, b, staging, ready, free):
+def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
+    *operands, out = refs
+    parts = [operands[i : i + 4] for i in range(0, len(operands), 4)]  # starts, ends, lhs, grad
     E, K, N = out.shape
     columns, down = pl.cdiv(N, 2 * COLUMNS), pl.cdiv(K, _ROWS)
     sweep = max(size for size in range(1, min(schedule.WIDTH, down) + 1) if down % size == 0)
 
     def info(lin):
+        """Of a tile: group, tile and column, and of every part its first row / 8, first row and last + 1."""
         nth = jnp.minimum(lax.div(lin, jnp.int32(columns * down)), E - 1)
         group, within = by_size[nth], lin - nth * (columns * down)
         first = lax.div(within, jnp.int32(sweep * columns)) * sweep
         tile, column = schedule.place(within, first, jnp.int32(sweep), columns)
-        return group, lax.div(starts[group], jnp.int32(8)), starts[group], ends[group], tile, column
+        rows = [(lax.div(starts[group], jnp.int32(8)), starts[group], ends[group]) for starts, ends, *_ in parts]
+        return group, tile, column, *(number for part in rows for number in part)
 
-    def steps(tile):
-        _, eighth, start, end, _, _ = tile
+    def rows_of(tile):
+        return [tile[i : i + 3] for i in range(3, len(tile), 3)]
+
+    def steps_of(eighth, start, end):
         return jnp.where(end > start, lax.div(end - eighth * 8 + (_STEP - 1), jnp.int32(_STEP)), 0)
 
+    def steps(tile):
+        return sum(steps_of(*rows) for rows in rows_of(tile))
+
     def load(tile, k, slot, barrier):
-        _, eighth, _, _, down, column = tile
-        rows = pl.ds((eighth + k * 8) * 8, _STEP)
-        plgpu.copy_gmem_to_smem(lhs.at[rows, pl.ds(down * _ROWS, _ROWS)], a.at[slot], barrier, collective_axes="pair")
-        plgpu.copy_gmem_to_smem(grad.at[rows, pl.ds(hopper.first_column(column), COLUMNS)], b.at[slot], barrier)
+        _, down, column, *_ = tile
+
+        def take(eighth, k, lhs, grad):
+            rows = pl.ds((eighth + k * 8) * 8, _STEP)
+            target = a.at[slot]
+            plgpu.copy_gmem_to_smem(lhs.at[rows, pl.ds(down * _ROWS, _ROWS)], target, barrier, collective_axes="pair")
+            plgpu.copy_gmem_to_smem(grad.at[rows, pl.ds(hopper.first_column(column), COLUMNS)], b.at[slot], barrier)
+
+        before = jnp.int32(0)
+        for turn, (rows, (_, _, lhs, grad)) in enumerate(zip(rows_of(tile), parts, strict=True)):
+            some = functools.partial(take, rows[0], k - before, lhs, grad)
+            count = steps_of(*rows)
+            if len(parts) == 1:
+                some()
+            else:
+                last = turn == len(parts) - 1
+                pl.when((k >= before) & (last | (k < before + count)))(some)
+            before += count
 
     def compute(wg, tile, accumulate):
-        group, eighth, start, end, down, column = tile
+        group, down, column, *_ = tile
 
-        def operands(k, slot):
-            row = eighth * 8 + k * _STEP
+        def stage_rows(k):
+            """Where the k-th stage begins, and the first and last + 1 of its part's rows."""
+            (eighth, start, end), *others = rows_of(tile)
+            row, before = eighth * 8 + k * _STEP, steps_of(eighth, start, end)
+            for eighth, first, last in others:
+                late = k >= before
+                row = jnp.where(late, eighth * 8 + (k - before) * _STEP, row)
+                start, end = jnp.where(late, first, start), jnp.where(late, last, end)
+                before += steps_of(eighth, first, last)
+            return row, start, end
+
+        def factors(k, slot):
+            row, start, end = stage_rows(k)
 
             def mask():
                 _keep_rows((a.at[slot], b.at[slot]), start - row, end - row)
@@ -169,7 +215,7 @@ def _drhs_kernel(t: Tiling, by_size, starts, ends, lhs, grad, out, *, a, b, stag
                 at = down * _ROWS + r, hopper.first_column(column)
                 hopper.store_whole(acc[r : r + 64].astype(out.dtype), out.at[group], at, staging[wg][0], r)
 
-        accumulate(operands, store)
+        accumulate(factors, store)
 
     tiles, turn = E * columns * down, schedule.back_and_forth
     hopper.pipeline(t, tiles, info, steps, load, compute, ready, free, turn=turn)

@@ -5,9 +5,10 @@
 Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, R rows that a device has
 room for. A token with several experts on one device goes there once.
 
-`send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient. With `beside`, a
-number of multiprocessors, they run on a stream of their own, in the room that expert products with as many to spare
-leave them (`grouped_matmul.SPARE`); 0 takes all there are, in the order of the program.
+`send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient. With `beside`, an
+even number of multiprocessors, they run on a stream of their own, in the room that expert products with as many to
+spare leave them (`grouped_matmul.SPARE`); with 0 in the order of the program, on all there are, but for rows that stay
+on their device, which leave `SPARE`.
 """
 
 import dataclasses
@@ -16,50 +17,84 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.combine import combine
 from pallas_kernels.remote_exchange import mosaic_gpu
 from pallas_kernels.vary import vary_alike
 
-__all__ = ["Routes", "arrivals", "collect", "combine_collect", "routes", "send", "send_spread", "why_not"]
+__all__ = ["Routes", "arrivals", "collect", "routes", "send", "split", "why_not"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Routes:
-    """What device `me` of S sends and what comes to it.
+    """What device `me` of S sends and what comes to it, of N neighbours: all S, or as many as a part of `split` has.
 
-    places (T, S) i32: the row of each of its tokens on every device, R where it has none. source (R,) i32: the token,
-    of the S·T of all devices, of each row that comes, ascending; past the number that came, S·T and more, no number
-    twice. starts (S + 1,) i32: how many of these rows are tokens of the devices before each, and of all. overflow ()
-    i32: its tokens' choices that found no room.
+    From device me + first + j, around all S, come rows starts[j] … stops[j] − 1 of R, (N,) i32 each. source (R,) i32:
+    the token, of the S·T of all devices, of each row; of a row that doesn't come S·T and more, no number twice.
+    places (T, N) i32: the row of each token of `me` on device me − first − j; R or more where it has none. overflow ()
+    i32: choices of its tokens that found no room, on any device.
     """
 
     places: jax.Array
     source: jax.Array
     starts: jax.Array
+    stops: jax.Array
     overflow: jax.Array
+    first: int = dataclasses.field(default=0, metadata={"static": True})
 
 
-def routes(experts: jax.Array, me: jax.Array, *, mine: int, devices: int, rows: int) -> Routes:
+def routes(experts: jax.Array, me: jax.Array, *, mine: int, devices: int, rows: int, parts=()) -> Routes:
     """The routes of device `me` () i32 from everyone's choices: experts (S·T, K) i32, token by token, device by device.
 
-    A choice of S·mine or more is none; device s holds experts s·mine … (s+1)·mine − 1. Rows stand on their device in
-    the order of these tokens; those past `rows` = R find no room. Pure arithmetic, the same on every device.
+    A choice of S·mine or more is none; device s holds experts s·mine … (s+1)·mine − 1. On a device its own tokens stand
+    first, then those of the next device, and so on; those past `rows` = R find no room. parts: how many devices, in
+    this order, each part has, with as large a share of the room, which S divides then. Pure arithmetic, the same on
+    every device.
     """
-    everyone = experts.shape[0]
-    tokens = everyone // devices
-    going = jnp.any((experts // mine)[:, :, None] == jnp.arange(devices, dtype=jnp.int32)[None, None], axis=1)
-    place = arrivals(going, rows)
-    there = jax.lax.dynamic_slice_in_dim(place, me, 1, axis=1)[:, 0]
+    everyone, S = experts.shape[0], devices
+    tokens = everyone // S
+    going = jnp.any((experts // mine)[:, :, None] == jnp.arange(S, dtype=jnp.int32)[None, None], axis=1)
+    going = going.reshape(S, tokens, S)
+    nearest = jnp.stack([jnp.roll(going[:, :, s], -s, axis=0) for s in range(S)], axis=2)  # of device s + j, on s
+    shares = list(_shares(parts or (S,), rows))
+    found = []
+    for before, count, first, room in shares:
+        row = arrivals(nearest[before : before + count].reshape(-1, S), room)
+        found.append(jnp.where(row < room, first + row, rows).reshape(count, tokens, S))
+    place = jnp.concatenate(found)
+
+    there = jax.lax.dynamic_index_in_dim(place, me, axis=2, keepdims=False)
+    neighbour = jnp.arange(S, dtype=jnp.int32)
+    number = (me + neighbour)[:, None] % S * tokens + jnp.arange(tokens, dtype=jnp.int32)[None]
     source = jnp.arange(everyone, everyone + rows, dtype=jnp.int32)
-    source = source.at[there].set(jnp.arange(everyone, dtype=jnp.int32), mode="drop")
-    come = jnp.sum(there.reshape(devices, tokens) < rows, axis=1, dtype=jnp.int32)
-    starts = jnp.concatenate([jnp.zeros_like(come[:1]), jnp.cumsum(come, dtype=jnp.int32)])
-    own = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=me * tokens, slice_size=tokens)
-    places, chosen = own(place), own(experts)
-    device = jnp.minimum(chosen // mine, devices - 1)
-    lost = (chosen < devices * mine) & (jnp.take_along_axis(places, device, axis=1) == rows)
-    return Routes(places, source, starts, jnp.sum(lost, dtype=jnp.int32))
+    source = source.at[there.reshape(-1)].set(number.reshape(-1), mode="drop")
+    come = jnp.sum(there < rows, axis=1, dtype=jnp.int32)
+    ends = [first + jnp.cumsum(come[before : before + count], dtype=jnp.int32) for before, count, first, _ in shares]
+    stops = jnp.concatenate(ends)
+
+    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    places = place[neighbour[None], token, (me - neighbour)[None] % S]
+    chosen = jax.lax.dynamic_slice_in_dim(experts, me * tokens, tokens)
+    whose = (me - jnp.minimum(chosen // mine, S - 1)) % S
+    lost = (chosen < S * mine) & (jnp.take_along_axis(places, whose, axis=1) == rows)
+    return Routes(places, source, stops - come, stops, jnp.sum(lost, dtype=jnp.int32))
+
+
+def split(routes: Routes, parts: tuple[int, ...]) -> list[Routes]:
+    """The routes of each part, made with the same `parts`, with rows numbered from 0."""
+    found = []
+    for before, count, first, room in _shares(parts, routes.source.shape[0]):
+        of = slice(before, before + count)
+        places, starts, stops = (a[..., of] - first for a in (routes.places, routes.starts, routes.stops))
+        found.append(Routes(places, routes.source[first : first + room], starts, stops, routes.overflow, before))
+    return found
+
+
+def _shares(parts, rows):
+    """Of each part: the devices before it and of it, the rows before it and of it."""
+    before, S = 0, sum(parts)
+    for count in parts:
+        yield before, count, rows * before // S, rows * count // S
+        before += count
 
 
 def arrivals(going: jax.Array, rows: int) -> jax.Array:
@@ -69,44 +104,21 @@ def arrivals(going: jax.Array, rows: int) -> jax.Array:
 
 
 def send(x: jax.Array, routes: Routes, *, axis: str, beside: int = 0) -> jax.Array:
-    """x (T, D) -> (R, D): the rows that all devices have for this one, `routes.source` of all tokens.
+    """x (T, D) -> (R, D): the rows that these devices have for this one, `routes.source` of all tokens.
 
-    Rows past those are undefined: they hold what the memory held. Differentiable in x. Raises NotImplementedError where
-    `why_not` has a reason.
+    Rows that don't come are undefined: they hold what the memory held. Differentiable in x. Raises NotImplementedError
+    where `why_not` has a reason.
     """
-    _check_tokens("send", x, routes)
-    _check("send", x, routes, axis)
+    check_tokens("send", x, routes, axis)
     return _send(axis, beside, *vary_alike(x, routes))
 
 
-def send_spread(x: jax.Array, routes: Routes, slot: jax.Array, *, axis: str, back_beside: int = 0):
-    """x (T, D), slot (R, K) i32 -> rows (R·K, D), stand_in (R, D): `combine.spread` of what `send` gives, as it comes.
-
-    Row r of `send` is row slot[r, k] here, for every k where that is below R·K; other rows are undefined. The gradient
-    of x is taken from that of stand_in, a `collect` beside what `back_beside` says: whoever uses the rows gives it the
-    sums that `spread`'s gradient would (`gated_ffn`), and rows none. Errors as `send`'s.
-    """
-    _check_tokens("send_spread", x, routes)
-    _check("send_spread", x, routes, axis, slot)
-    return _send_spread(axis, back_beside, *vary_alike(x, slot, routes))
-
-
-def combine_collect(rows: jax.Array, routes: Routes, slot: jax.Array, *, axis: str) -> jax.Array:
-    """rows (R·K, D), slot (R, K) i32 -> (T, D): `collect` of `combine.combine`(rows, slot, None).
-
-    Differentiable in rows, by `send_spread`'s rows: undefined where no slot points. Errors as `send`'s.
-    """
-    if rows.shape[0] != slot.size:
-        raise ValueError(f"combine_collect: {rows.shape[0]} rows and {slot.size} places in slot; give both the same")
-    _check("combine_collect", rows, routes, axis, slot)
-    return _combine_collect(axis, *vary_alike(rows, slot, routes))
-
-
 def collect(y: jax.Array, routes: Routes, *, axis: str, beside: int = 0) -> jax.Array:
-    """y (R, D) -> (T, D): Σ_s y of device s [places[:, s]], in float32 over s in order, in y's dtype at the end.
+    """y (R, D) -> (T, D): the sum of rows places[:, j] of its devices, in float32 over j in order, in y's dtype at the
+    end.
 
-    Tokens that went nowhere come out zero. Differentiable in y; the gradient of rows past those that came is undefined,
-    as `send`'s. Errors as `send`'s.
+    Tokens that went nowhere come out zero. Differentiable in y; the gradient of rows that don't come is undefined, as
+    `send`'s. Errors as `send`'s.
     """
     if y.shape[:1] != routes.source.shape:
         raise ValueError(f"collect: y has {y.shape[0]} rows and source {routes.source.shape[0]}; give both the same")
@@ -119,74 +131,69 @@ def why_not(rows) -> str | None:
     return mosaic_gpu.why_not(rows)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _send_spread(axis, back_beside, x, slot, routes):
-    rows = mosaic_gpu.send(x, routes.source, routes.starts, slot, axis=axis)
-    return rows, vary_alike(jnp.zeros((slot.shape[0], x.shape[1]), x.dtype), x)[0]
-
-
-_send_spread.defvjp(
-    lambda axis, back_beside, x, slot, routes: (_send_spread(axis, back_beside, x, slot, routes), routes),
-    lambda axis, back_beside, routes, grads: (
-        _run(mosaic_gpu.collect, axis, back_beside, grads[1], routes.places), None, None
-    ),
-)  # fmt: skip
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _combine_collect(axis, rows, slot, routes):
-    with jax.named_scope("combine"):
-        sums = combine(rows, slot, None)
-    return mosaic_gpu.collect(sums, routes.places, axis=axis)
-
-
-_combine_collect.defvjp(
-    lambda axis, rows, slot, routes: (_combine_collect(axis, rows, slot, routes), (slot, routes)),
-    lambda axis, kept, grad: (mosaic_gpu.send(grad, kept[1].source, kept[1].starts, kept[0], axis=axis), None, None),
-)
-
-
-def _run(function, axis, beside, *args):
-    run = functools.partial(function, axis=axis, beside=beside)
+def run_send(axis, beside, x, routes, slot=None):
+    """`mosaic_gpu.send` by these routes, on a stream of its own if it has multiprocessors of its own. A device's own
+    tokens alone are no exchange: nobody waits for anybody."""
+    source = routes.source
+    if _own(routes):
+        source, axis = source - jax.lax.axis_index(axis) * x.shape[0], None
+    run = functools.partial(mosaic_gpu.send, axis=axis, first=routes.first, beside=beside)
+    args = x, source, routes.starts, routes.stops, *(() if slot is None else (slot,))
     return mosaic_gpu.on_its_stream(run)(*args) if beside else run(*args)
+
+
+def run_collect(axis, beside, parts, more=None, dtype=None):
+    """`mosaic_gpu.collect` of parts of (y, routes), likewise."""
+    axis = None if all(_own(routes) for _, routes in parts) else axis
+
+    def run(arrays, more):
+        whole = [(y, places, routes.first) for (y, places), (_, routes) in zip(arrays, parts, strict=True)]
+        return mosaic_gpu.collect(whole, more, axis=axis, beside=beside, dtype=dtype)
+
+    args = [(y, routes.places) for y, routes in parts], more
+    return mosaic_gpu.on_its_stream(run)(*args) if beside else run(*args)
+
+
+def _own(routes) -> bool:
+    return routes.first == 0 and routes.starts.shape == (1,)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _send(axis, beside, x, routes):
-    return _run(mosaic_gpu.send, axis, beside, x, routes.source, routes.starts)
+    return run_send(axis, beside, x, routes)
 
 
 _send.defvjp(
-    lambda axis, beside, x, routes: (_send(axis, beside, x, routes), routes),
-    lambda axis, beside, routes, grad: (_run(mosaic_gpu.collect, axis, beside, grad, routes.places), None),
+    lambda axis, beside, x, routes: (run_send(axis, beside, x, routes), routes),
+    lambda axis, beside, routes, grad: (run_collect(axis, beside, [(grad, routes)]), None),
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _collect(axis, beside, y, routes):
-    return _run(mosaic_gpu.collect, axis, beside, y, routes.places)
+    return run_collect(axis, beside, [(y, routes)])
 
 
 _collect.defvjp(
-    lambda axis, beside, y, routes: (_collect(axis, beside, y, routes), routes),
-    lambda axis, beside, routes, grad: (_run(mosaic_gpu.send, axis, beside, grad, routes.source, routes.starts), None),
+    lambda axis, beside, y, routes: (run_collect(axis, beside, [(y, routes)]), routes),
+    lambda axis, beside, routes, grad: (run_send(axis, beside, grad, routes), None),
 )
 
 
-def _check_tokens(what, x, routes) -> None:
+def check_tokens(what, x, routes, axis) -> None:
+    """ValueError or NotImplementedError unless tokens x (T, D) can go by these routes."""
     if x.shape[:1] != routes.places.shape[:1]:
         raise ValueError(f"{what}: x has {x.shape[0]} tokens and places {routes.places.shape[0]}; give both the same")
+    _check(what, x, routes, axis)
 
 
-def _check(what, rows, routes, axis, slot=None) -> None:
-    if rows.ndim != 2 or routes.places.shape[1] != jax.lax.axis_size(axis):
+def _check(what, rows, routes, axis) -> None:
+    S, places, starts = jax.lax.axis_size(axis), routes.places.shape, routes.starts.shape
+    if rows.ndim != 2 or places[1:] != starts or starts[0] > S:
         raise ValueError(
-            f"{what}: needs (N, D) and places (T, {jax.lax.axis_size(axis)}) along axis '{axis}'; got "
-            f"{list(rows.shape)} and {list(routes.places.shape)}"
+            f"{what}: needs (N, D) and places of at most {S} devices along axis '{axis}'; got {list(rows.shape)}, "
+            f"{list(places)} and starts {list(starts)}"
         )
-    if slot is not None and slot.shape[:1] != routes.source.shape:
-        come = routes.source.shape[0]
-        raise ValueError(f"{what}: slot has {slot.shape[0]} rows and source {come}; give both the same")
     reason = why_not(rows)
     if reason is not None:
         raise NotImplementedError(f"{what}: can't move {rows.dtype}{list(rows.shape)} by remote references: {reason}")

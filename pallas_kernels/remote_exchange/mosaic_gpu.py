@@ -20,7 +20,6 @@ Limits: Hopper; the devices of one process; bfloat16, float16 or float32; D a mu
 """
 
 import functools
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -29,6 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.compute_on import compute_on
 
+from pallas_kernels.grouped_matmul import SPARE
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.vary import vary_alike
 
@@ -52,29 +52,31 @@ def why_not(rows) -> str | None:
     return None if jax.process_count() == 1 else "it needs all devices in one process, on one host"
 
 
-def send(x, source, starts, slot=None, *, axis, beside=0):
-    """(T, D), (R,), (S + 1,) -> (R, D): row source of all devices' tokens, where starts says what comes from whom; with
-    slot (R, K) -> (R·K, D): each of these rows to its K places, those below R·K.
+def send(x, source, starts, stops, slot=None, *, axis, first=0, beside=0):
+    """(T, D), (R,), (N,), (N,) -> (R, D): row source of all devices' tokens, of which starts … stops − 1 are those of
+    device me + first + j; with slot (R, K) -> (R·K, D): each of these rows to its K places, those below R·K. Without an
+    axis there is one device.
 
     A worker reads from one device: in their order all devices would read rows from the first one together, then from
     the next.
     """
-    (T, D), R, S = x.shape, source.shape[0], lax.axis_size(axis)
+    (T, D), R, N = x.shape, source.shape[0], starts.shape[0]
     K = 1 if slot is None else slot.shape[1]
     M = R * K
     width = _width(D, x.dtype, _PIECE)
     chunks, together = D // width, min(_STAGE // (width * x.dtype.itemsize), _TOGETHER)
 
-    def work(worker, workers, stream, source, starts, x, *refs):
+    def work(worker, workers, stream, source, starts, stops, x, *refs):
         *slots, out = refs
-        device, first, step = lax.rem(worker, jnp.int32(S)), lax.div(worker, jnp.int32(S)), workers // S
-        there, begin = _on(x, axis, device), starts[device]
-        pieces = (starts[device + 1] - begin) * chunks
-        mine = jnp.where(first < step, _share(pieces, first, step), 0)
+        j, offset, step = lax.rem(worker, jnp.int32(N)), lax.div(worker, jnp.int32(N)), workers // N
+        device = _neighbour(axis, first + j)
+        there, begin = _on(x, axis, device), starts[j]
+        pieces = (stops[j] - begin) * chunks
+        mine = jnp.where(offset < step, _share(pieces, offset, step), 0)
 
         def place(i, n):
             """Of the n-th of the i-th pieces; of the last one where there are no more."""
-            row, columns = _piece(jnp.clip(first + (i * together + n) * step, 0, pieces - 1), chunks, width)
+            row, columns = _piece(jnp.clip(offset + (i * together + n) * step, 0, pieces - 1), chunks, width)
             return jnp.clip(begin + row, 0, R - 1), columns
 
         def rows(i):
@@ -101,44 +103,70 @@ def send(x, source, starts, slot=None, *, axis, beside=0):
 
         stream(_share(mine, 0, together), rows, load, lambda i: tuple(targets(i)), finish)
 
-    shape, slots = jax.ShapeDtypeStruct((M, D), x.dtype), () if slot is None else (slot.reshape(-1),)
-    return _call("send_rows", work, S * R * chunks, (together, width), axis, beside, shape, source, starts, x, *slots)
+    slots = () if slot is None else (slot.reshape(-1),)
+    ring = jax.ShapeDtypeStruct((together, width), x.dtype)
+    out = jax.ShapeDtypeStruct((M, D), x.dtype)
+    return _call("send_rows", work, N * R * chunks, ring, axis, beside, out, source, starts, stops, x, *slots)
 
 
-def collect(y, places, *, axis, beside=0):
-    """(R, D), (T, S) -> (T, D): the sum of rows `places` of the devices, in float32."""
-    (R, D), (T, S) = y.shape, places.shape
-    width = _width(D, y.dtype, min(_PIECE, _STAGE // S))
-    chunks = D // width
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=_vector(width))
+def collect(parts, more=None, *, axis, beside=0, dtype=None):
+    """(T, D) of `dtype` or y's: the sum of the rows of every part and of more (T, D) f32, in float32.
 
-    def work(worker, workers, stream, places, y, out):
-        me = lax.axis_index(axis) if S > 1 else jnp.int32(0)
+    parts: (y (R, D), places (T, N), first), of which row places[:, j] of y of device me − first − j counts, or none.
+    """
+    T, D = parts[0][1].shape[0], parts[0][0].shape[1]
+    kind = parts[0][0].dtype
+    dtype = dtype or kind
+    # which part, how many rows it has, and how far the device is, of each row of a token
+    whose = [(p, y.shape[0], first + j) for p, (y, places, first) in enumerate(parts) for j in range(places.shape[1])]
+    N = len(whose)
+    width = _width(D, kind, min(_PIECE, _STAGE // N))
+    chunks, together = D // width, max(min(_STAGE // (N * width * kind.itemsize), _TOGETHER // N), 1)
+    # 16 bytes of the result a thread, next to its neighbour's
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=min(_vector(width), 16 // jnp.dtype(dtype).itemsize))
+    pieces = T * chunks
 
-        def place(i):
-            return _piece(jnp.minimum(worker + i * workers, T * chunks - 1), chunks, width)
+    def work(worker, workers, stream, places, *refs):
+        ys, others, out = refs[: len(parts)], refs[len(parts) : -1], refs[-1]
+        me, mine = _neighbour(axis, 0), _share(pieces, worker, workers)
+
+        def place(i, n):
+            return _piece(jnp.minimum(worker + (i * together + n) * workers, pieces - 1), chunks, width)
 
         def rows(i):
-            return tuple(places[place(i)[0] * S + device] for device in range(S))
+            return tuple(places[place(i, n)[0] * N + j] for n in range(together) for j in range(N))
 
         def load(i, rows, stage, barrier):
-            for device, row in enumerate(rows):
+            for turn, row in enumerate(rows):
+                p, R, far = whose[turn % N]
                 # what isn't there is read here, off the link
-                there = _on(y, axis, jnp.where(row < R, jnp.int32(device), me))
-                _copy(there.at[jnp.minimum(row, R - 1), place(i)[1]], stage.at[device], barrier)
+                there = _on(ys[p], axis, jnp.where(row < R, _neighbour(axis, -far), me))
+                _copy(there.at[jnp.minimum(row, R - 1), place(i, turn // N)[1]], stage.at[turn], barrier)
 
         def finish(i, rows, stage):
-            total = jnp.zeros((width,), jnp.float32)
-            for device, row in enumerate(rows):
-                value = plgpu.load(stage.at[device], layout=layout).astype(jnp.float32)
-                total += jnp.where(row < R, value, jnp.zeros_like(value))
+            totals = []
+            for n in range(together):
+                total = jnp.zeros((width,), jnp.float32)
+                for other in others:
+                    total += plgpu.load(other.at[place(i, n)], layout=layout, optimized=False)
+                for turn in range(n * N, (n + 1) * N):
+                    value = plgpu.load(stage.at[turn], layout=layout).astype(jnp.float32)
+                    total += jnp.where(rows[turn] < whose[turn % N][1], value, jnp.zeros_like(value))
+                totals.append(total)
             plgpu.commit_smem()  # the copy engine may have the stage again
-            out[place(i)] = total.astype(out.dtype)
 
-        stream(_share(T * chunks, worker, workers), rows, load, rows, finish)
+            def store(n):
+                out[place(i, n)] = totals[n].astype(out.dtype)
 
-    shape = jax.ShapeDtypeStruct((T, D), y.dtype)
-    return _call("collect_rows", work, T * chunks, (S, width), axis, beside, shape, places.reshape(-1), y)
+            for n in range(together):
+                pl.when(i * together + n < mine)(functools.partial(store, n))
+
+        stream(_share(mine, 0, together), rows, load, rows, finish)
+
+    ring, out = jax.ShapeDtypeStruct((together * N, width), kind), jax.ShapeDtypeStruct((T, D), dtype)
+    places = jnp.concatenate([places for _, places, _ in parts], axis=1).reshape(-1)
+    args = places, *(y for y, _, _ in parts), *(() if more is None else (more,))
+    return _call("collect_rows", work, pieces, ring, axis, beside, out, *args)
 
 
 def on_its_stream(run):
@@ -151,11 +179,21 @@ def on_its_stream(run):
 
 def _on(ref, axis, device):
     """`ref` of that device of the axis; the only one's own is no remote reference, which one device may not have."""
-    return plgpu.remote_ref(ref, _name(axis, device)) if lax.axis_size(axis) > 1 else ref
+    return plgpu.remote_ref(ref, _name(axis, device)) if _devices(axis) > 1 else ref
+
+
+def _devices(axis) -> int:
+    return 1 if axis is None else lax.axis_size(axis)
 
 
 def _name(axis, device):
     return {axis: jnp.int32(device)}
+
+
+def _neighbour(axis, offset):
+    """The device that is so many places after this one, around all S; offset > −S."""
+    S = _devices(axis)
+    return lax.rem(lax.axis_index(axis) + (offset + S), jnp.int32(S)) if S > 1 else jnp.int32(0)
 
 
 def _copy(source, stage, barrier):
@@ -216,18 +254,18 @@ def _stream(stages, ring, ready, count, whence, load, whither, finish):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _call(name, work, most, stage, axis, beside, shape, *args):
+def _call(name, work, most, stage, axis, beside, out, *args):
     """work(worker, workers, stream, …) of every worker, of which no more than `most` are needed, then word to all
-    devices that it is done; a stage of the ring has stage = (copies, columns)."""
-    S = lax.axis_size(axis)
-    dtype = shape.dtype
-    stages = min(_STAGES * _STAGE // (math.prod(stage) * jnp.dtype(dtype).itemsize), _STAGES)
-    blocks = min(beside or BLOCKS, pl.cdiv(max(most, S), _WORKERS))
+    devices that it is done; stage: of the ring, (copies, columns)."""
+    S = _devices(axis)
+    stages = min(_STAGES * _STAGE // (stage.size * stage.dtype.itemsize), _STAGES)
+    room = BLOCKS if axis is not None else BLOCKS - SPARE  # an exchange may run beside what is none
+    blocks = pl.cdiv(min(beside or room, pl.cdiv(max(most, S), _WORKERS)), 2) * 2
     workers = blocks * _WORKERS
 
     def body(*refs, ring, ready):
         mine = lax.axis_index("warpgroup")
-        worker = lax.axis_index("block") * _WORKERS + mine
+        worker = (lax.axis_index("block") * 2 + lax.axis_index("pair")) * _WORKERS + mine
 
         own, barrier = (lambda i: ring.at[mine, i]), (lambda i: ready.at[mine * stages + i])
         work(worker, workers, functools.partial(_stream, stages, own, barrier), *refs)
@@ -239,15 +277,18 @@ def _call(name, work, most, stage, axis, beside, shape, *args):
 
     kernel = plgpu.kernel(
         body,
-        out_type=shape,
-        grid=(blocks,),
+        out_type=out,
+        grid=(blocks // 2,),
         grid_names=("block",),
+        # in pairs: a multiprocessor left alone is none to products, a pair of which would wait for the exchange's end
+        cluster=(2,),
+        cluster_names=("pair",),
         num_threads=_WORKERS,
         thread_name="warpgroup",
         kernel_name=name,
         scratch_types={
-            "ring": plgpu.SMEM((_WORKERS, stages, *stage), dtype),
-            "ready": plgpu.Barrier(num_arrivals=stage[0], num_barriers=_WORKERS * stages),
+            "ring": plgpu.SMEM((_WORKERS, stages, *stage.shape), stage.dtype),
+            "ready": plgpu.Barrier(num_arrivals=stage.shape[0], num_barriers=_WORKERS * stages),
         },
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
     )

@@ -64,19 +64,14 @@ def exact(rows, gate, up, down, grad, sizes, activation, scale=None):
 
 @functools.partial(jax.jit, static_argnames=("activation", "implementation", "tail"))
 def value_and_gradients(
-    rows, gate, up, down, grad, sizes, activation="silu", implementation=None, scale=None, slot=None, tail=True
+    rows, gate, up, down, grad, sizes, activation="silu", implementation=None, scale=None, tail=True
 ):
-    """With slot the gradient of the tokens whose rows these are, in place of rows'; the tokens themselves are NaN."""
-    x = rows if slot is None else jnp.full((slot.shape[0], rows.shape[1]), jnp.nan, rows.dtype)
-
-    def block(x, gate, up, down, *scale):
-        whose = {} if slot is None else {"tokens": x, "slot": slot}
+    def block(rows, gate, up, down, *scale):
         metadata = group_metadata(sizes, grad.shape[0], tail=tail)
-        options = {"activation": activation, "implementation": implementation, "metadata": metadata, **whose}
-        of = x if slot is None else rows
-        return gated_ffn(of, gate, up, down, sizes, scale=scale[0] if scale else None, **options)
+        options = {"activation": activation, "implementation": implementation, "metadata": metadata}
+        return gated_ffn(rows, gate, up, down, sizes, scale=scale[0] if scale else None, **options)
 
-    out, pull = jax.vjp(block, x, gate, up, down, *(() if scale is None else (scale,)))
+    out, pull = jax.vjp(block, rows, gate, up, down, *(() if scale is None else (scale,)))
     return out, *pull(grad)
 
 
@@ -162,25 +157,17 @@ def test_the_block_interpreted(capfd, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mosaic_gpu", "blocks"])
-def test_the_block_of_tokens_interpreted(name, capfd, monkeypatch):
-    """16 tokens of up to 4 rows; without a tail nothing is said of the last 7 of 64 rows, which are nobody's."""
-    monkeypatch.setattr(products, "_hopper", lambda: name == "mosaic_gpu")
+def test_the_block_without_a_tail_interpreted(capfd, monkeypatch):
+    """With a scale; nothing is said of the last 7 of 64 rows, which are nobody's."""
+    monkeypatch.setattr(products, "_hopper", lambda: True)
     monkeypatch.setattr(mosaic_gpu, "_row_blocks", lambda metadata: 3)
     monkeypatch.setattr(tilings, "pick", lambda op, *_: Tiling(stages=5, pieces=2, blocks=2))
-    sizes, T = np.array([20, 0, 37], np.int32), 16
-    row = np.random.default_rng(1).permutation(64)
-    token = np.argsort(row) // 4  # of each row
-    slot = jnp.asarray(np.where(row < 57, row, 64).reshape(T, 4), jnp.int32)
-    rows, *weights, grad = operands(sizes, 64, 64, 128)
-    rows, scale = operands([T], T, 64, 128)[0][token].at[57:].set(jnp.nan), jnp.linspace(0.1, 1.0, 64)
-    args = rows, *weights, grad, jnp.asarray(sizes), "silu", name, scale, slot, False
-    out, dx, *others, dscale = interpreted(lambda: value_and_gradients.__wrapped__(*args), capfd)
-    want, drows, *gradients = exact(rows, *weights, grad, sizes, "silu", scale)
-    of_token = np.zeros((T, 64))
-    np.add.at(of_token, token[:57], drows[:57])
-    got = out.at[57:].set(0), dx, *others, dscale.at[57:].set(0)
-    assert_close(got, (want, of_token, *gradients), 6e-3)
+    sizes = np.array([20, 0, 37], np.int32)
+    args, scale = operands(sizes, 64, 64, 128), jnp.linspace(0.1, 1.0, 64)
+    of = *args, jnp.asarray(sizes), "silu", "mosaic_gpu", scale, False
+    out, drows, *others, dscale = interpreted(lambda: value_and_gradients.__wrapped__(*of), capfd)
+    got = out.at[57:].set(0), drows.at[57:].set(0), *others, dscale.at[57:].set(0)
+    assert_close(got, exact(*args, sizes, "silu", scale), 6e-3)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
@@ -222,29 +209,29 @@ def test_the_hopper_kernels_lower():
     assert all(f"gated_ffn_{name}" in text for name in ("hidden", "gradients", "dlhs"))
 
 
-@pytest.mark.parametrize(("spare", "aside"), [(0, 0), (SPARE, 0), (0, 8)])
-def test_forward_and_backward_leave_multiprocessors_to_spare(spare, aside, monkeypatch):
-    """Every product of a layer has 132 blocks, or as many fewer; those after the tokens' gradient fewer by `aside`."""
+@pytest.mark.parametrize("spare", [0, SPARE])
+def test_forward_and_backward_leave_multiprocessors_to_spare(spare, monkeypatch):
+    """Every product of a layer has 132 blocks, or as many fewer."""
     assert mosaic_gpu._row_blocks(group_metadata(jnp.zeros(4, jnp.int32), 8, spare)) == 16 * (132 - spare)
     monkeypatch.setattr(products, "_hopper", lambda: True)
-    blocks, launch = [], hopper.launch
-    monkeypatch.setattr(hopper, "launch", lambda name, body, t, *args, **options: blocks.append((name, t.blocks)) or (
-        launch(name, body, t, *args, **options)))  # fmt: skip
+    blocks, launch = {}, hopper.launch
 
-    whose = {"tokens": jnp.zeros((500, 256), jnp.bfloat16), "slot": jnp.zeros((500, 2), jnp.int32)} if aside else {}
+    def noted(name, body, t, *args, **options):
+        blocks[name] = t.blocks
+        return launch(name, body, t, *args, **options)
+
+    monkeypatch.setattr(hopper, "launch", noted)
 
     def block(rows, gate, up, down, sizes):
-        options = {"metadata": group_metadata(sizes, 1000, spare), **whose, "aside": aside}
-        return gated_ffn(rows, gate, up, down, sizes, implementation="mosaic_gpu", **options).sum()
+        metadata = group_metadata(sizes, 1000, spare)
+        return gated_ffn(rows, gate, up, down, sizes, metadata=metadata, implementation="mosaic_gpu").sum()
 
     bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     weights = bf16((4, 256, 192)), bf16((4, 256, 192)), bf16((4, 192, 256))
     jax.eval_shape(jax.grad(block, argnums=(0, 1, 2, 3)), bf16((1000, 256)), *weights, jnp.zeros(4, jnp.int32))
-    assert {name for name, _ in blocks} == {
-        "gated_ffn_hidden", "gated_ffn_dlhs", "grouped_matmul", "grouped_matmul_drhs",
-    }  # fmt: skip
-    *most, dgate, dup = (count for _, count in blocks)
-    assert {*most} == {132 - spare} and dgate == dup == 132 - spare - aside
+    assert blocks == dict.fromkeys(
+        ("gated_ffn_hidden", "gated_ffn_dlhs", "grouped_matmul", "grouped_matmul_drhs"), 132 - spare
+    )
 
 
 def test_moved_rows_lower_inside_shard_map(monkeypatch):
@@ -275,13 +262,6 @@ def test_no_rows():
 def test_bad_input():
     rows, gate, up, down, _ = operands((4,), 4, 64, 64)
     sizes = jnp.array([4], jnp.int32)
-    slot = jnp.zeros((4, 2), jnp.int32)
-    with pytest.raises(ValueError, match="tokens and slot go together"):
-        gated_ffn(rows, gate, up, down, sizes, slot=slot)
-    with pytest.raises(ValueError, match=r"slot int32\(T, K\); got bfloat16\[4, 64\] and int32\[3, 2\]"):
-        gated_ffn(rows, gate, up, down, sizes, tokens=rows, slot=slot[:3])
-    with pytest.raises(ValueError, match=r"tokens must be bfloat16\(T, 64\) .* got bfloat16\[4, 32\]"):
-        gated_ffn(rows, gate, up, down, sizes, tokens=rows[:, :32], slot=slot)
     with pytest.raises(ValueError, match="unknown activation 'swish'; there are silu, gelu, relu"):
         gated_ffn(rows, gate, up, down, sizes, activation="swish")
     with pytest.raises(ValueError, match=r"must be \(M, D\).*got \(4, 64\), \(1, 64, 64\), \(1, 64, 32\)"):

@@ -170,6 +170,18 @@ def test_a_weight_gradient_by_two_clusters(capfd):
     assert (np.asarray(out[1].astype(jnp.float32)) == 0).all()
 
 
+def test_a_weight_gradient_of_rows_in_two_arrays(capfd):
+    """Groups of which one array or the other has none, a part of a stage, or several stages; NaN past each sum."""
+    first, second = np.array([51, 0, 0, 9], np.int32), np.array([70, 40, 0, 3], np.int32)
+    parts = [
+        (sizes, *operands(sizes, M, 64, 128, seed)) for seed, (sizes, M) in enumerate([(first, 68), (second, 128)])
+    ]
+    given = [(lhs, grad, group_metadata(jnp.asarray(sizes), len(lhs), tail=False)) for sizes, lhs, _, grad in parts]
+    out = interpreted(lambda: mosaic_gpu.drhs_of(given, jnp.bfloat16, TWO_BLOCKS[1]), capfd)
+    assert_close(out, sum(exact(lhs, rhs, grad, sizes)[2] for sizes, lhs, rhs, grad in parts))
+    assert (np.asarray(out[2].astype(jnp.float32)) == 0).all()
+
+
 def test_row_tiles_by_hand():
     # rows 0-129 | none | 130-299, then 20 rows of nobody: tiles of 128 from rows 0, 128 | 128 (130 down to an eight),
     # 256 | 296 (300 down to an eight)
