@@ -16,8 +16,7 @@ import optax
 
 from moejax import layers, sharding
 
-# logits that a device holds at a time, 1 GB: for each piece the gradient of unembedding is read and written once more
-LARGEST = 2**28
+LARGEST = 2**27  # logits that a device holds at a time, 512 MB; fewer make products too small for an accelerator
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
@@ -56,8 +55,12 @@ def of_hidden(
 
 
 def number_of_pieces(rows: int, length: int, vocabulary: int) -> int:
-    """The fewest equal pieces of `length` with at most LARGEST logits each; `length` where no number is enough."""
-    fits = (n for n in range(1, length + 1) if length % n == 0 and rows * (length // n) * vocabulary <= LARGEST)
+    """The fewest equal pieces of `length` with at most LARGEST logits each; `length` where no number is enough.
+
+    Twice as many logits on a GPU, where each piece reads and writes unembedding's gradient once more.
+    """
+    largest = LARGEST * (2 if sharding.platform() == "gpu" else 1)
+    fits = (n for n in range(1, length + 1) if length % n == 0 and rows * (length // n) * vocabulary <= largest)
     return next(fits, length)
 
 

@@ -115,3 +115,5 @@ def test_number_of_pieces(monkeypatch):
     assert loss.number_of_pieces(2, 12, 50) == 2  # 1200, and 600 in halves
     assert loss.number_of_pieces(4, 9, 100) == 9  # thirds are 1200 each, ninths 400: nothing between divides 9
     assert loss.number_of_pieces(30, 4, 100) == 4  # 3000 in one place: more than fits, but no fewer is possible
+    monkeypatch.setattr(loss.sharding, "platform", lambda: "gpu")
+    assert loss.number_of_pieces(4, 9, 100) == 3  # thirds of 1200 of the 2000 that a GPU holds
