@@ -49,8 +49,7 @@ _CHUNKS = flags.DEFINE_multi_integer("chunks", [4], "Time the layer in so many c
 
 _DECOMPOSER = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"
 AXIS = "expert"
-# of the layer in one program: the runtime makes ready what a program exchanges before it begins, one tenth of a
-# millisecond for each of its exchanges, when the GPU has nothing to do
+# of the layer in one program: before one begins the runtime makes its exchanges ready, and the GPU has nothing to do
 _PASSES = 4
 
 
@@ -203,8 +202,8 @@ def layer(mesh, name: str) -> None:
     runs, found = {"no exchange": lambda: alone(*own)}, {}
     with jax.set_mesh(mesh):
         held = jax.jit(functools.partial(arguments, S, E), out_shardings=jax.NamedSharding(mesh, jax.P(AXIS)))()
-        rows = np.bincount(np.asarray(held[2].experts).reshape(-1) // (E // S), minlength=S)
-        print(f"{name}: rows of the busiest GPU {rows.max() / rows.mean():.3f} of the mean", flush=True)
+        of_gpu = np.bincount(np.asarray(held[2].experts).reshape(-1) // (E // S), minlength=S)
+        print(f"{name}: rows of the busiest GPU {of_gpu.max() / of_gpu.mean():.3f} of the mean", flush=True)
         for way, factor, chunks in _ways():
             try:
                 exchange = {"way": way, "factor": factor, "chunks": chunks}

@@ -35,8 +35,9 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
     beside = SPARE if chunks > 1 else 0
     # room for more rows than come, as a rule, and nobody reads the rest
     work = dataclasses.replace(work, spare=beside, tail=False)
-    if way == "remote" and not beside and work.gates_inside(x.reshape(-1, x.shape[-1]), weights):
-        y, lost = by_parts(x.reshape(-1, x.shape[-1]), decision, weights, num_experts, factor)
+    tokens = x.reshape(-1, x.shape[-1])
+    if way == "remote" and not beside and work.gates_inside(tokens, weights):
+        y, lost = by_parts(tokens, decision, weights, num_experts, factor)
         return y.reshape(x.shape), lost[None]
     run = WAYS[way](weights, num_experts, work, factor, beside)
     results = pipelined(run, split(x, decision, chunks))

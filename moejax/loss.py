@@ -90,17 +90,6 @@ def _logits_backward(inputs, grad):
 _logits.defvjp(lambda x, unembedding: (_logits(x, unembedding), (x, unembedding)), _logits_backward)
 
 
-def _nats_and_gradient(scale, logits, targets, mask):
-    """`cross_entropy` of scale(logits) and its gradient: p − 1 at the target, p elsewhere, in one pass over the logits,
-    where autodiff's would write them in float32 and scatter into that."""
-    scaled, pull = jax.vjp(scale, logits)
-    with jax.named_scope("loss"):
-        shares = jnp.exp(scaled - jax.nn.logsumexp(scaled, axis=-1, keepdims=True))
-        target = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
-        grad = jnp.where(mask[..., None], shares - target.astype(shares.dtype), 0.0)
-        return cross_entropy(scaled, targets, mask), pull(grad)[0]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_pieces(scale, pieces, x, unembedding, targets, mask):
     def add(total, piece):
@@ -114,8 +103,9 @@ def _forward(scale, pieces, x, unembedding, targets, mask):
     def add(carry, piece):
         total, sums = carry
         x, targets, mask = piece
-        nats, grad = _nats_and_gradient(scale, _logits(x, unembedding), targets, mask)
-        dx, dkernel = _products_backward(x, unembedding, grad)
+        logits = _logits(x, unembedding)
+        nats, grad = jax.value_and_grad(lambda logits: cross_entropy(scale(logits), targets, mask))(logits)
+        dx, dkernel = _products_backward(x, unembedding, grad)  # float32: its product then adds to the sum itself
         return (total + nats, sums + dkernel), dx
 
     zeros = jnp.zeros((), jnp.float32), jnp.zeros(unembedding.shape, jnp.float32)

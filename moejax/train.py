@@ -84,14 +84,7 @@ def _run(
     start, end = int(state.step), min(config.train.steps, stop_at or config.train.steps)
 
     sizes = None if family is None else published.count(family)
-    writer = metrics.Writer(
-        workdir,
-        config,
-        total_steps=config.train.steps,
-        devices=mesh.devices.size,
-        progress=progress,
-        flops_per_token=None if sizes is None else 6 * sizes.active_without_embedding,
-    )
+    writer = _writer(config, workdir, mesh, sizes, progress)
     if family is not None and jax.process_index() == 0:
         published.keep_beside(config.train.init_from or "", workdir, corpus.tokenizer.text)
     saver = checkpoint.Checkpointer(workdir, keep=config.train.keep_checkpoints, start=start)
@@ -157,6 +150,18 @@ def _run(
         if start >= end:  # nothing left to do: say where the finished run stands
             ended = (evaluation(state) if held_out else {}) | {"tokens_per_second": None}
     return ended | {"step": int(state.step)}
+
+
+def _writer(config: Config, workdir: Path, mesh: Mesh, sizes, progress: bool) -> metrics.Writer:
+    """Of the run's metrics; sizes: of a published model, whose FLOPs are known by them."""
+    return metrics.Writer(
+        workdir,
+        config,
+        total_steps=config.train.steps,
+        devices=mesh.devices.size,
+        progress=progress,
+        flops_per_token=None if sizes is None else 6 * sizes.active_without_embedding,
+    )
 
 
 def _continuing(start: int, end: int, again: bool, other_code: bool, workdir: Path) -> Iterator[str]:

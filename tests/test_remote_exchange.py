@@ -182,7 +182,7 @@ def in_parts(x, y, experts, beside=0):
 def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch, capfd):
     """It knows no remote references and no semaphores: here the devices have one memory. A worker, of four,
     takes more pieces of rows than its ring has stages, three to a row of 384."""
-    for limit, value in {"BLOCKS": 2, "_WORKERS": 2, "_STAGE": 512, "_PIECE": 256}.items():
+    for limit, value in {"BLOCKS": 2, "SPARE": 0, "_WORKERS": 2, "_STAGE": 512, "_PIECE": 256}.items():
         monkeypatch.setattr(mosaic_gpu, limit, value)
     monkeypatch.setattr(plgpu, "remote_ref", lambda ref, device: ref)
     for name in ("get_global", "semaphore_signal", "semaphore_wait"):
@@ -203,22 +203,26 @@ def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch, cap
         spread = jax.block_until_ready(mosaic_gpu.send(x, source, starts, stops, slot, **options))
         # of the second device alone, which is here the first one's memory: its token 0 is token 5 of all
         one = jax.block_until_ready(mosaic_gpu.send(x, source, starts[1:], stops[1:], first=1, **options))
+        own = jax.block_until_ready(mosaic_gpu.send(x, source, starts[:1], stops[:1], slot, axis=None))
         home = jax.block_until_ready(mosaic_gpu.collect([(y, places, 0)], **options))
         parts = [(y, places[:, :1], 0), (y, places[:, 1:], 1)]
         both = jax.block_until_ready(mosaic_gpu.collect(parts, more, **options, dtype=jnp.float32))
         # one row of a token, so that several tokens are in a stage
         alone = jax.block_until_ready(mosaic_gpu.collect(parts[:1], **options))
+        again = jax.block_until_ready(mosaic_gpu.collect(parts[:1], more, axis=None))
     assert "RACE DETECTED" not in "".join(capfd.readouterr())
     np.testing.assert_array_equal(came[:4], x[jnp.array([1, 3, 4, 0])])
     assert spread.shape == (14, width)
     np.testing.assert_array_equal(spread[jnp.array([2, 0, 5, 3, 1])], x[jnp.array([1, 4, 4, 0, 0])])
     np.testing.assert_array_equal(one[3], x[0])
+    np.testing.assert_array_equal(own[jnp.array([2, 0, 5])], x[jnp.array([1, 4, 4])])
     y = np.asarray(y.astype(jnp.float32))
     wanted = np.stack([y[0] + y[6], 0 * y[0], y[2], y[3], y[1] + y[1]])
     np.testing.assert_array_equal(home, jnp.asarray(wanted).astype(dtype))
     np.testing.assert_allclose(both, more + wanted, rtol=1e-6)
     wanted = np.stack([y[0], 0 * y[0], y[2], 0 * y[0], y[1]])
     np.testing.assert_array_equal(alone, jnp.asarray(wanted).astype(dtype))
+    np.testing.assert_array_equal(again, jnp.asarray(more + wanted).astype(dtype))
 
 
 def test_the_kernels_lower_and_use_no_multicast(monkeypatch):

@@ -15,7 +15,7 @@ from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.grouped_matmul.metadata import check_metadata
 from pallas_kernels.vary import vary_alike
 
-__all__ = ["ACTIVATIONS", "activation_gradients", "gated_ffn"]
+__all__ = ["ACTIVATIONS", "activation_gradients", "check", "gated_ffn"]
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "relu": jax.nn.relu}  # gelu: the tanh form
 

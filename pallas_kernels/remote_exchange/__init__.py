@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from pallas_kernels.remote_exchange import mosaic_gpu
 from pallas_kernels.vary import vary_alike
 
-__all__ = ["Routes", "arrivals", "collect", "routes", "send", "split", "why_not"]
+__all__ = [
+    "Routes", "arrivals", "check_tokens", "collect", "routes", "run_collect", "run_send", "send", "split", "why_not",
+]  # fmt: skip
 
 
 @jax.tree_util.register_dataclass
