@@ -34,6 +34,7 @@ from experiments.exchanged_rows import LAYERS, busiest, destinations, layer_argu
 from moejax import expert_parallel, routing, sharding
 from moejax.errors import UserError
 from pallas_kernels import remote_exchange
+from pallas_kernels.remote_ffn import COMPILER_OPTIONS
 from pallas_kernels.timing import rounds
 
 _FACTORS = {"gather": None, "all_to_all": 1.25, "remote": None}  # of room, by way
@@ -209,7 +210,8 @@ def layer(mesh, name: str) -> None:
                 exchange = {"way": way, "factor": factor, "chunks": chunks}
                 way += "" if chunks == 1 else f", {chunks} chunks"
                 run = jax.jit(functools.partial(several, num_experts=E, **exchange))
-                step = run.lower(*held).compile()  # this way it may be called without the mesh
+                options = COMPILER_OPTIONS if exchange["way"] == "remote" else None
+                step = run.lower(*held).compile(options)  # this way it may be called without the mesh
                 _, lost, _ = found[way] = step(*held)
                 print(f"{name} {way}: choices without room {int(lost)}", flush=True)
             except Exception as error:  # the other ways are still worth their time

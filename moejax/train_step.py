@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from moejax import balance, optimizer, routing_stats, sharding
 from moejax.config import Config, MoEConfig
+from pallas_kernels import remote_ffn
 
 # The weight of each loss that an MoE layer returns, as its field of MoEConfig.
 LOSS_WEIGHTS = {
@@ -286,8 +287,10 @@ def compiled_step(
 ) -> jax.stages.Wrapped:
     """`train_step` under jit: the state is donated and keeps its shardings (Auto mode may lose them otherwise)."""
     step = functools.partial(train_step, model=model, tx=tx, config=config)
-    (platform,) = {device.platform for device in jax.tree.leaves(shardings)[0].device_set}
-    options = _ON_GPU if platform == "gpu" else None
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    (platform,) = {device.platform for device in mesh.devices.flat}
+    beside = remote_ffn.COMPILER_OPTIONS if mesh.shape["expert"] > 1 else {}
+    options = _ON_GPU | beside if platform == "gpu" else None
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 

@@ -31,7 +31,11 @@ from pallas_kernels.grouped_matmul import mosaic_gpu as products
 from pallas_kernels.remote_exchange import Routes, check_tokens, run_collect, run_send
 from pallas_kernels.vary import vary_alike
 
-__all__ = ["Part", "remote_ffn"]
+__all__ = ["COMPILER_OPTIONS", "Part", "remote_ffn"]
+
+# For `jax.jit` of a program with this: no CUDA graphs, in which products wait for the exchange that they were to run
+# beside. (XLA's mode "CONCURRENT" is as fast, but half as much memory again is needed for a step of OLMoE.)
+COMPILER_OPTIONS = {"xla_gpu_graph_min_graph_size": 1_000_000}
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +60,8 @@ def remote_ffn(x, gate, up, down, gates, parts, *, axis: str, activation: str = 
     each part: (R, K) f32, which multiply what goes into `down`.
     A device's results for a token are summed in float32 and rounded to x's dtype, then those of all devices; gradients
     likewise. Called inside a shard_map over the axis. Differentiable in x, weights and gates, in reverse mode, once.
-    Products and rows that came have the checkpoint name "experts", for `jax.checkpoint` to keep.
+    Products and rows that came have the checkpoint name "experts", for `jax.checkpoint` to keep. Under `jax.jit` give
+    `compiler_options=COMPILER_OPTIONS`, without which nothing may run beside the link.
 
     Raises ValueError where parts and gates don't fit each other or x, NotImplementedError where the kernels can't take
     these: as `gated_ffn` with "mosaic_gpu", and `remote_exchange.send`.
