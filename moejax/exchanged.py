@@ -25,6 +25,8 @@ from pallas_kernels import remote_exchange
 from pallas_kernels.grouped_matmul import SPARE, group_metadata
 from pallas_kernels.remote_ffn import Part, remote_ffn
 
+_APART = 3  # devices
+
 
 def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, factor: float | None, chunks: int):
     """x (B, L, D), a decision with leading axis B and weights of E/S experts, of one device -> (y (B, L, D), overflow).
@@ -49,15 +51,15 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
 def by_parts(x, decision, weights, num_experts: int, factor: float | None):
     """`Remote`, with products beside the exchange: x (T, D), a decision with leading axis B -> (y (T, D), overflow ()).
 
-    Of more than two devices each has its own tokens' rows as a part of their own, where there is room for all that can
-    come. Of two that gains nothing: what an exchange takes less, products take more (experiments/LOG.md).
+    Of _APART devices and more each has its own tokens' rows as a part of their own, where there is room for all that
+    can come. Of two that gains nothing: what an exchange takes less, products take more (experiments/LOG.md).
     """
     flat = dispatch.flatten(decision, x.shape[0])
     T, K = flat.experts.shape
     mine = weights["gate"].shape[0]
     devices = num_experts // mine
     room = exchange.rows_received(factor, T, K, devices * T)
-    parts = (1, devices - 1) if devices > 2 and room == devices * T else (devices,)
+    parts = (1, devices - 1) if devices >= _APART and room == devices * T else (devices,)
     with jax.named_scope("dispatch"):
         routes, came = exchange.routes(flat, mine, devices, room, parts)
         # one plan for both parts: the second has the experts anew

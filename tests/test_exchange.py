@@ -14,6 +14,7 @@ import pytest
 import small
 from jax.ad_checkpoint import print_saved_residuals
 
+from experiments.exchanged_rows import layer_arguments
 from moejax import (
     config_checks,
     exchange,
@@ -166,6 +167,30 @@ def test_remote_with_products_beside_it_equals_the_dense_oracle(kind, devices, f
     assert_exchanged_equals_dense("remote", kind, devices, factor)
     there = [0, 1] if parts == 2 else [0]
     assert sent == [*there, *there]  # forward and backward
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("jax.default_backend() != 'gpu' or len(jax.devices()) < 2")
+@pytest.mark.parametrize("apart", (2, 99))
+def test_remote_equals_gather_on_the_gpus_of_a_host(apart, monkeypatch):
+    """The layer by its kernels, own tokens' rows apart or not: values and gradients, bit-equal three times."""
+    monkeypatch.setattr(exchanged, "_APART", apart)
+    devices, mesh = len(jax.devices()), sharding.make_mesh({"expert": -1})
+    _, x, decision, weights = layer_arguments((512, 256, 0, 4), 1500, devices, 8 * devices)
+    arguments = jax.device_put((x, decision.weights, weights, decision), jax.NamedSharding(mesh, jax.P("expert")))
+
+    def layer(way, *arguments):
+        return expert_parallel.mixture(*arguments, num_experts=8 * devices, way=way).astype(jnp.float32)
+
+    with jax.set_mesh(mesh):
+        wanted, *found = (
+            value_and_gradients(functools.partial(layer, way))(*arguments) for way in ("gather", *["remote"] * 3)
+        )
+    for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(wanted), strict=True):
+        one, other = (np.asarray(a.astype(jnp.float32), np.float64) for a in (one, other))
+        assert np.linalg.norm(one - other) <= 1e-2 * np.linalg.norm(other)
+    for again in found[1:]:
+        assert all((a == b).all() for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(again), strict=True))
 
 
 def test_remote_says_what_its_kernels_cannot_take(monkeypatch):
