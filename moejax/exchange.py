@@ -129,10 +129,11 @@ def rows_per_pair(factor: float | None, tokens: int, experts_per_token: int, min
     return _bounded(factor, choices / devices, tokens * min(experts_per_token, mine), of)
 
 
-def rows_received(factor: float | None, tokens: int, experts_per_token: int, most: int) -> int:
-    """R = ceil(factor · T · K), at most `most`: all that can come to a device, and what None gives. UserError where the
-    factor leaves less than one row."""
+def rows_received(factor: float | None, tokens: int, experts_per_token: int, mine: int, devices: int) -> int:
+    """R = ceil(factor · T · K), at most S · T · min(K, E/S): what a device with `mine` = E/S experts can be sent, and
+    what None gives. UserError where the factor leaves less than one row."""
     of = f"a device, of {tokens} tokens · {experts_per_token} experts each"
+    most = devices * tokens * min(experts_per_token, mine)
     return _bounded(factor, tokens * experts_per_token, most, of)
 
 
@@ -203,9 +204,10 @@ def check_remote(x: Any) -> None:
 
 
 def routes(
-    decision: Routing, mine: int, devices: int, rows: int, parts: tuple[int, ...] = ()
-) -> tuple[remote_exchange.Routes, Routing]:
-    """Where this device's tokens go, and the choices (R, K) of those that come, on its experts renumbered from 0.
+    decision: Routing, mine: int, devices: int, factor: float | None, parts: tuple[int, ...] = ()
+) -> tuple[remote_exchange.Routes, Routing, jax.Array]:
+    """Where this device's tokens go, the choices (S·T, K) of those that come, on its experts renumbered from 0, and how
+    many of its tokens' choices found no room among the `rows_received` of a device, () i32.
 
     Choices travel ahead, all to all devices: 8 bytes each where a row has 2·D; every count and place follows from them.
     Gradients reach decision.weights (T, K).
@@ -213,8 +215,13 @@ def routes(
     none = devices * mine
     chosen = jnp.where(decision.keep, decision.experts, none).astype(jnp.int32)
     experts, weights = gather((chosen, decision.weights.astype(jnp.float32)))
-    me = lax.axis_index(AXIS)
-    found = remote_exchange.routes(experts, me, mine=mine, devices=devices, rows=rows, parts=parts)
+    me, lost = lax.axis_index(AXIS), jnp.int32(0)
+    if factor is not None:
+        T, K = decision.experts.shape
+        rows = rows_received(factor, T, K, mine, devices)
+        experts, losses = remote_exchange.within(experts, mine=mine, devices=devices, rows=rows)
+        lost = losses[me]
+    found = remote_exchange.routes(experts, me, mine=mine, devices=devices, parts=parts)
     found = jax.tree.map(lambda a: checkpoint_name(a, "routing"), found)
 
     def came(a, fill):
@@ -222,5 +229,5 @@ def routes(
 
     local = came(experts, none) - me * mine
     here = (local >= 0) & (local < mine)
-    scores = jnp.ones((rows, 1), jnp.float32)
-    return found, Routing(jnp.where(here, local, 0), came(weights, 0.0), scores, here)
+    scores = jnp.ones((len(experts), 1), jnp.float32)
+    return found, Routing(jnp.where(here, local, 0), came(weights, 0.0), scores, here), lost

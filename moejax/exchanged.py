@@ -51,35 +51,36 @@ def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, fac
 def by_parts(x, decision, weights, num_experts: int, factor: float | None):
     """`Remote`, with products beside the exchange: x (T, D), a decision with leading axis B -> (y (T, D), overflow ()).
 
-    Of _APART devices and more each has its own tokens' rows as a part of their own, where there is room for all that
-    can come. Of two that gains nothing: what an exchange takes less, products take more (experiments/LOG.md).
+    Of _APART devices and more each has its own tokens' rows as a part of their own. Of two that gains nothing: what an
+    exchange takes less, products take more (experiments/LOG.md).
     """
     flat = dispatch.flatten(decision, x.shape[0])
     T, K = flat.experts.shape
     mine = weights["gate"].shape[0]
     devices = num_experts // mine
-    room = exchange.rows_received(factor, T, K, devices * T)
-    parts = (1, devices - 1) if devices >= _APART and room == devices * T else (devices,)
+    room = exchange.rows_received(factor, T, K, mine, devices)
+    parts = (1, devices - 1) if devices >= _APART else (devices,)
     with jax.named_scope("dispatch"):
-        routes, came = exchange.routes(flat, mine, devices, room, parts)
+        routes, came, lost = exchange.routes(flat, mine, devices, factor, parts)
         # one plan for both parts: the second has the experts anew
-        second = (jnp.arange(room, dtype=jnp.int32) >= room * parts[0] // devices)[:, None]
+        second = (jnp.arange(devices * T, dtype=jnp.int32) >= parts[0] * T)[:, None]
         chosen = dataclasses.replace(came, experts=came.experts + jnp.where(came.keep & second, mine, 0))
         plan = dispatch.plan(chosen, len(parts) * mine)
     assert plan.slot is not None, "tokens choose"
-    found, gates, row, before = [], [], 0, jnp.int32(0)
+    found, gates, token, before = [], [], 0, jnp.int32(0)
     of_part = zip(remote_exchange.split(routes, parts), jnp.split(plan.group_sizes, len(parts)), strict=True)
     for its_routes, sizes in of_part:
-        rows = slice(row, row + its_routes.source.shape[0])
-        metadata = group_metadata(sizes, its_routes.source.shape[0] * K, tail=False)
+        tokens = slice(token, token + its_routes.source.shape[0])
+        rows = min(room, its_routes.source.shape[0] * min(K, mine))
+        metadata = group_metadata(sizes, rows, tail=False)
         metadata = jax.tree.map(lambda a: checkpoint_name(a, "routing"), metadata)
-        found.append(Part(its_routes, plan.slot[rows] - before, metadata))
-        gates.append(came.weights[rows])
-        row, before = rows.stop, jnp.sum(sizes)
+        found.append(Part(its_routes, plan.slot[tokens] - before, metadata, rows))
+        gates.append(came.weights[tokens])
+        token, before = tokens.stop, jnp.sum(sizes)
     gate, up, down = (weights[name] for name in ("gate", "up", "down"))
     experts.check(x, gate, up, down, plan.group_sizes[:mine], "silu")
     y = remote_ffn(x, gate, up, down, gates, found, axis=exchange.AXIS)
-    return y, routes.overflow
+    return y, lost
 
 
 def check(moe: MoEConfig, devices: int, x, decision) -> None:
@@ -95,7 +96,7 @@ def check(moe: MoEConfig, devices: int, x, decision) -> None:
     if way == "all_to_all":
         exchange.rows_per_pair(moe.exchange_factor, tokens, decision.experts.shape[-1], mine, devices)
     if way in ("ragged", "remote"):
-        exchange.rows_received(moe.exchange_factor, tokens, decision.experts.shape[-1], devices * tokens)
+        exchange.rows_received(moe.exchange_factor, tokens, decision.experts.shape[-1], mine, devices)
     if way == "ragged":
         ragged.check_platform()
     if way == "remote":
@@ -263,11 +264,8 @@ class Remote(Way):
     def plan(self, x, decision):
         tokens = x.reshape(-1, x.shape[-1])
         flat = dispatch.flatten(decision, tokens.shape[0])
-        T, K = flat.experts.shape
-        # a token is one row here, however many of mine it chose
-        room = exchange.rows_received(self.factor, T, K, self.devices * T)
         with jax.named_scope("dispatch"):
-            return tokens, exchange.routes(flat, self.mine, self.devices, room)
+            return tokens, exchange.routes(flat, self.mine, self.devices, self.factor)
 
     def send(self, out, state):
         with jax.named_scope("exchange"):
@@ -281,7 +279,7 @@ class Remote(Way):
             return remote_exchange.collect(done, state[0], axis=exchange.AXIS, beside=self.beside)
 
     def finish(self, home, state):
-        return home, state[0].overflow
+        return home, state[2]
 
 
 class Ragged(Way):
@@ -292,7 +290,7 @@ class Ragged(Way):
         tokens = x.reshape(-1, x.shape[-1])
         flat = dispatch.flatten(decision, tokens.shape[0])
         T, K = flat.experts.shape
-        room = exchange.rows_received(self.factor, T, K, self.devices * T * min(K, self.mine))
+        room = exchange.rows_received(self.factor, T, K, self.mine, self.devices)
         with jax.named_scope("dispatch"):
             plan = dispatch.plan(flat, self.num_experts)
             out = dispatch.gather(tokens, plan)

@@ -80,7 +80,7 @@ def check_sizes(kept: int, temporary: int, gradients: int, available: int, confi
         ways.append("perhaps config.model.remat=full")
     if config.model.dtype == "float32":
         ways.append("perhaps config.model.dtype=bfloat16")
-    ways += _smaller_state(config)
+    ways += _less_room(config) + _smaller_state(config)
     raise UserError(
         f"a step needs {(kept + temporary) / _GB:.1f} GB of each device, which has {available / _GB:.1f}: "
         f"{kept / _GB:.1f} for parameters, moments and the batch, {temporary / _GB:.1f} for gradients and activations; "
@@ -96,7 +96,17 @@ def too_large(error: jax.errors.JaxRuntimeError, config: Config) -> UserError | 
     reason = next(line.strip() for line in text.splitlines() if "emory" in line or "EXHAUSTED" in line)
     ways = ["fewer rows, with config.data.batch_size or config.train.accumulation_steps"]
     ways += ["config.model.remat=full"] if config.model.remat != "full" else []
+    ways += _less_room(config)
     return UserError(f"the step does not fit: {reason[:200]}; try " + "; or ".join(ways + _smaller_state(config)))
+
+
+def _less_room(config: Config) -> list[str]:
+    """Where experts are on several devices and each has room for all rows that could come."""
+    moe = config.model.moe
+    if moe is None or config.mesh.expert == 1 or moe.exchange == "gather" or moe.exchange_factor is not None:
+        return []
+    named = "" if moe.exchange else " with config.model.moe.exchange named"
+    return [f"perhaps config.model.moe.exchange_factor=2{named}, which counts what it leaves out"]
 
 
 def _smaller_state(config: Config) -> list[str]:

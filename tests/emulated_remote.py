@@ -28,8 +28,8 @@ def install_products(monkeypatch) -> None:
     monkeypatch.setattr(products, "drhs_of", drhs_of)
 
 
-def send(x, source, starts, stops, slot=None, *, axis, first=0, beside=0):
-    """(T, D), (R,), … -> (R, D); NaN where nothing comes, which nothing may read; with slot (R, K), (R·K, D)."""
+def send(x, source, starts, stops, slot=None, *, axis, first=0, beside=0, rows=None):
+    """(T, D), (R,), … -> (R, D); NaN where nothing comes, which nothing may read; with slot (R, K), (rows, D)."""
     if axis is None:
         everyone, me, S = x, 0, 1
     else:
@@ -42,7 +42,7 @@ def send(x, source, starts, stops, slot=None, *, axis, first=0, beside=0):
     came = jnp.where(right[:, None], came, jnp.nan)
     if slot is None:
         return came
-    return jnp.full((slot.size, x.shape[1]), jnp.nan, x.dtype).at[slot].set(came[:, None], mode="drop")
+    return jnp.full((rows, x.shape[1]), jnp.nan, x.dtype).at[slot].set(came[:, None], mode="drop")
 
 
 def collect(parts, more=None, *, axis, beside=0, dtype=None):

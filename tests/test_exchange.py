@@ -149,14 +149,13 @@ def assert_exchanged_equals_dense(way, kind, devices, factor=None):
     [
         ("uneven", 4, None, 2),
         ("uneven", 2, None, 1),
-        ("uneven", 8, 3.8, 1),  # room for 31 of 32 tokens
+        ("uneven", 8, 1.25, 2),  # room for ten rows, which the busiest device gets
         ("one_expert", 4, None, 2),
         pytest.param("one_token", 8, None, 2, marks=pytest.mark.long),
     ],
 )
 def test_remote_with_products_beside_it_equals_the_dense_oracle(kind, devices, factor, parts, monkeypatch):
-    """Own tokens' rows apart, and not, where there are two devices or the room is bounded; NaN in all that a kernel
-    leaves undefined."""
+    """Own tokens' rows apart, and not, where there are two devices; NaN in all that a kernel leaves undefined."""
     emulated_remote.install(monkeypatch)
     emulated_remote.install_products(monkeypatch)
     send, sent = emulated_remote.send, []
@@ -327,6 +326,29 @@ def test_what_overflows_is_missing_from_the_result_and_reported(monkeypatch):
     assert routing_stats.summarise(tallies)["overflow_fraction"] == 16 / 64
 
 
+@pytest.mark.parametrize("devices", (2, 4))
+def test_products_beside_an_exchange_leave_out_the_same_choices(devices, monkeypatch):
+    """Room for 12 rows on each of four devices, which get 10, 9, 18 and 13, or 24 on each of two, which get 19 and 31:
+    both ways of `remote` give the same result and gradients, and each count is right."""
+    x, decision, weights = inputs("uneven")
+    emulated_remote.install(monkeypatch)
+    run = functools.partial(exchanged.mixture, num_experts=E, work=Work(), way="remote", factor=0.75, chunks=1)
+    mesh, split = small_mesh({"expert": devices}), jax.P("expert")
+
+    def both():
+        layer = jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split)
+        lost = jax.jit(layer)(x, decision, weights)[1]
+        found = value_and_gradients(lambda *a: layer(*a)[0])(x, decision.weights, weights, decision)
+        return found, lost.sum()
+
+    wanted, lost = both()
+    emulated_remote.install_products(monkeypatch)
+    monkeypatch.setattr(experts, "pick", lambda *_: "mosaic_gpu")
+    found, as_many = both()
+    assert lost == as_many == 7
+    assert small.largest_difference(wanted, found) < 1e-5
+
+
 def test_rows_for_a_pair_of_devices():
     assert exchange.rows_per_pair(None, 16, 4, mine=2, devices=4) == 16 * 2  # of 4 choices 2 can be on one device
     assert exchange.rows_per_pair(1.1, 10, 4, mine=2, devices=4) == 11
@@ -375,11 +397,11 @@ def test_what_cannot_be_meant_is_one_line():
         x, decision, weights = inputs("uneven")
         with pytest.raises(UserError, match=r"'remote' can't move float32 rows of width 8 on cpu: .*; give 'gat"):
             expert_parallel.mixture(x, decision, weights, num_experts=E, way="remote")
-    assert exchange.rows_received(None, 16, 4, most=64) == 64
-    assert exchange.rows_received(1.1, 10, 2, most=40) == 22
-    assert exchange.rows_received(9.0, 10, 2, most=40) == 40
+    assert exchange.rows_received(None, 16, 4, mine=2, devices=4) == 4 * 16 * 2
+    assert exchange.rows_received(1.1, 10, 2, mine=4, devices=2) == 22
+    assert exchange.rows_received(9.0, 10, 2, mine=4, devices=2) == 40
     with pytest.raises(UserError, match=r"exchange_factor=0.1 leaves 0.8 rows for a device.* give at least 0.125"):
-        exchange.rows_received(0.1, 4, 2, most=16)
+        exchange.rows_received(0.1, 4, 2, mine=2, devices=2)
 
 
 @functools.lru_cache

@@ -9,7 +9,7 @@ import pytest
 import small
 
 from moejax import memory, optimizer, sharding
-from moejax.config import Config
+from moejax.config import Config, MeshConfig
 from moejax.errors import UserError
 from moejax.models.lm import LM
 from moejax.train_step import init, state_shardings
@@ -57,6 +57,14 @@ def test_the_error_names_what_would_fit(setting, temporary, gradients, wanted):
     assert wanted in str(error.value)
     assert f"{60 + temporary}.0 GB of each device, which has 100.0: 60.0 for" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_room_for_all_rows_is_named_where_experts_are_on_several_devices():
+    one = config()
+    moe = dataclasses.replace(small.ROUTERS["top_k"], exchange="remote")
+    split = dataclasses.replace(one, model=dataclasses.replace(one.model, moe=moe), mesh=MeshConfig(expert=4))
+    with pytest.raises(UserError, match=r"perhaps config\.model\.moe\.exchange_factor=2, which counts"):
+        memory.check_sizes(60, 60, 0, 100, split, shards=4)
 
 
 def test_rows_are_those_of_a_device():

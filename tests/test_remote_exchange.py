@@ -23,74 +23,88 @@ def test_rows_go_once_to_each_device_its_own_tokens_first():
     """Two devices of two experts (0, 1 | 2, 3) and three tokens each; 4 is no choice.
 
     Device 0's tokens choose 0 1 | 2 0 | 4 4, device 1's 3 2 | 1 3 | 0 4. To device 0 come tokens 0, 1, 4, 5 (of all),
-    to device 1 tokens 3, 4, 1: with three rows each, token 5's one choice finds no room on device 0.
+    to device 1 tokens 3, 4, 1; six are room for all.
     """
     experts = jnp.array([[0, 1], [2, 0], [4, 4], [3, 2], [1, 3], [0, 4]], jnp.int32)
     find = functools.partial(remote_exchange.routes, experts, mine=2, devices=2)
-    first, second = (find(jnp.int32(me), rows=3) for me in (0, 1))
-    np.testing.assert_array_equal(first.places, [[0, 3], [1, 2], [3, 3]])  # on itself, on the other
-    np.testing.assert_array_equal(second.places, [[0, 3], [1, 2], [3, 3]])
-    np.testing.assert_array_equal(first.source, [0, 1, 4])
-    np.testing.assert_array_equal(second.source, [3, 4, 1])
-    for found in (first, second):
-        np.testing.assert_array_equal([found.starts, found.stops], [[0, 2], [2, 3]])
-    assert (first.overflow, second.overflow) == (0, 1)
-    # token 1 finds device 1 full of token 3: one choice; with 4's two and 5's one, three
-    fewer = [find(jnp.int32(me), rows=1) for me in (0, 1)]
-    assert [found.overflow for found in fewer] == [2, 3]
-    # in two parts of four rows each
-    own, other = remote_exchange.split(find(jnp.int32(0), rows=8, parts=(1, 1)), (1, 1))
-    np.testing.assert_array_equal(own.places, [[0], [1], [8]])
-    np.testing.assert_array_equal(other.places, [[4], [0], [4]])
-    np.testing.assert_array_equal(own.source, [0, 1, 8, 9])
-    np.testing.assert_array_equal(other.source, [4, 5, 12, 13])
+    first, second = (find(jnp.int32(me)) for me in (0, 1))
+    np.testing.assert_array_equal(first.places, [[0, 6], [1, 2], [6, 6]])  # on itself, on the other
+    np.testing.assert_array_equal(second.places, [[0, 6], [1, 2], [6, 3]])
+    np.testing.assert_array_equal(first.source, [0, 1, 4, 5, 10, 11])
+    np.testing.assert_array_equal(second.source, [3, 4, 1, 9, 10, 11])
+    np.testing.assert_array_equal([first.starts, first.stops], [[0, 2], [2, 4]])
+    np.testing.assert_array_equal([second.starts, second.stops], [[0, 2], [2, 3]])
+    # in two parts of three tokens each
+    own, other = remote_exchange.split(find(jnp.int32(0), parts=(1, 1)), (1, 1))
+    np.testing.assert_array_equal(own.places, [[0], [1], [6]])
+    np.testing.assert_array_equal(other.places, [[3], [0], [3]])
+    np.testing.assert_array_equal(own.source, [0, 1, 8])
+    np.testing.assert_array_equal(other.source, [4, 5, 11])
     assert (own.starts, own.stops, own.first) == (0, 2, 0)
     assert (other.starts, other.stops, other.first) == (0, 2, 1)
 
 
+def test_choices_past_a_devices_room_are_none():
+    """The choices of the case above. Device 0 gets 0 1 0 | 1 0, device 1 3 2 3 | 2: with room for three each, device
+    1's last two to device 0 find none, and device 0's to device 1."""
+    experts = jnp.array([[0, 1], [2, 0], [4, 4], [3, 2], [1, 3], [0, 4]], jnp.int32)
+    found, lost = remote_exchange.within(experts, mine=2, devices=2, rows=3)
+    np.testing.assert_array_equal(found, [[0, 1], [4, 0], [4, 4], [3, 2], [4, 3], [4, 4]])
+    np.testing.assert_array_equal(lost, [1, 2])
+    found, lost = remote_exchange.within(experts, mine=2, devices=2, rows=1)
+    np.testing.assert_array_equal(found, [[0, 4], [4, 4], [4, 4], [3, 4], [4, 4], [4, 4]])
+    np.testing.assert_array_equal(lost, [3, 4])
+
+
 @functools.lru_cache
 def all_routes(devices: int, rows: int, parts: tuple[int, ...]):
-    """Routes of every device of `devices` with two experts each."""
-    find = functools.partial(remote_exchange.routes, mine=2, devices=devices, rows=rows, parts=parts)
-    return jax.jit(jax.vmap(find, in_axes=(None, 0)))
+    """Choices that find room, how many don't, and the routes of every device of `devices` with two experts each."""
+
+    def run(experts):
+        there, lost = remote_exchange.within(experts, mine=2, devices=devices, rows=rows)
+        find = functools.partial(remote_exchange.routes, there, mine=2, devices=devices, parts=parts)
+        return there, lost, jax.vmap(find)(jnp.arange(devices, dtype=jnp.int32))
+
+    return jax.jit(run)
 
 
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_what_is_sent_is_what_comes(data):
-    """For any choices: every wanted pair of token and device has its own place, nearest devices' first, in order and
-    without gaps in each part, and the device finds that token there; lost choices are those of the pairs that find a
-    part's share of the rows taken."""
-    cases = [(1, 4, ()), (2, 3, ()), (2, 10, (1, 1)), (4, 5, ()), (4, 8, (1, 3)), (4, 8, (2, 2))]
-    devices, rows, parts = data.draw(st.sampled_from(cases))
+    """For any choices: a device keeps as many as it has room for, nearest devices' first; every wanted pair of token
+    and device has its own place, in the same order and without gaps in each part, where the device finds the token."""
+    cases = [(1, 4, ()), (2, 3, ()), (2, 10, (1, 1)), (4, 5, ()), (4, 8, (1, 3)), (4, 60, (2, 2))]
+    devices, room, parts = data.draw(st.sampled_from(cases))
     tokens, E = 5, devices * 2
-    begins = {sum(parts[:p]): rows * sum(parts[: p + 1]) // devices for p in range(len(parts))} or {0: rows}
+    rows, begins = devices * tokens, {sum(parts[:p]): tokens * sum(parts[:p]) for p in range(len(parts))} or {0: 0}
     choice = st.lists(st.integers(0, E), min_size=3, max_size=3)
-    experts = np.array(data.draw(st.lists(choice, min_size=devices * tokens, max_size=devices * tokens)), np.int32)
-    found = all_routes(devices, rows, parts)(experts, np.arange(devices, dtype=np.int32))
-    place, lost = np.full((devices, tokens, devices), rows), np.zeros(devices, int)
+    experts = np.array(data.draw(st.lists(choice, min_size=rows, max_size=rows)), np.int32)
+    there, lost, found = all_routes(devices, room, parts)(experts)
+    place, missed = np.full((devices, tokens, devices), rows), np.zeros(devices, int)
     for device in range(devices):
-        come, end = [], 0
+        come, free, row = [], room, 0
         for j in range(devices):
             owner = (device + j) % devices
-            if j in begins:
-                row, end = end, begins[j]
+            row = begins.get(j, row)
             assert found.starts[device, j] == row
             for token in range(tokens):
-                here = int(((experts[owner * tokens + token] // 2) == device).sum())
-                if here and row < end:
+                (chosen,) = np.nonzero(experts[owner * tokens + token] // 2 == device)
+                kept, left = chosen[:free], chosen[free:]
+                free -= len(kept)
+                missed[owner] += len(left)
+                now, before = (choices[owner * tokens + token] for choices in (there, experts))
+                assert (now[left] == E).all() and (now[kept] == before[kept]).all()
+                if len(kept):
                     place[owner, token, j] = row
                     assert found.source[device, row] == owner * tokens + token
                     come.append(row)
                     row += 1
-                elif here:
-                    lost[owner] += here
             assert found.stops[device, j] == row
         rest = np.delete(found.source[device], come)
-        assert (rest >= devices * tokens).all()
+        assert (rest >= rows).all()
         assert len(set(found.source[device].tolist())) == rows
     np.testing.assert_array_equal(found.places, place)
-    np.testing.assert_array_equal(found.overflow, lost)
+    np.testing.assert_array_equal(lost, missed)
 
 
 def over(devices: int, data: int = 1):
@@ -105,13 +119,13 @@ def test_sums_come_back_and_each_way_is_the_others_gradient(monkeypatch):
     """⟨send(x), y⟩ = ⟨x, collect(y)⟩ row by row, and both gradients are the other function."""
     emulated_remote.install(monkeypatch)
     rng = np.random.default_rng(0)
-    T, D, R = 6, 4, 9
+    T, D, R = 6, 4, 4 * 6
     experts = jnp.asarray(rng.integers(0, 9, (4 * T, 2)), jnp.int32)  # 8 is none
     x, y = (jnp.asarray(rng.normal(size=(4 * n, D)), jnp.float32) for n in (T, R))
 
     def run(x, y, experts):
         everyone = jax.lax.all_gather(experts, "expert", tiled=True)
-        routes = remote_exchange.routes(everyone, jax.lax.axis_index("expert"), mine=2, devices=4, rows=R)
+        routes = remote_exchange.routes(everyone, jax.lax.axis_index("expert"), mine=2, devices=4)
         real = (routes.source < everyone.shape[0])[:, None]
         send = functools.partial(remote_exchange.send, routes=routes, axis="expert")
         collect = functools.partial(remote_exchange.collect, routes=routes, axis="expert")
@@ -134,23 +148,23 @@ def test_sums_come_back_and_each_way_is_the_others_gradient(monkeypatch):
     np.testing.assert_array_equal(again, came)
 
 
-def operands(devices: int, tokens: int, width: int, rows: int, dtype, seed: int = 0):
+def operands(devices: int, tokens: int, width: int, dtype, seed: int = 0):
     """x, y and everyone's choices of 2 of 2 experts a device, some none, split over the devices."""
     rng = np.random.default_rng(seed)
     experts = jnp.asarray(rng.integers(0, 2 * devices + 2, (devices * tokens, 2)), jnp.int32)
-    x, y = (jnp.asarray(rng.normal(size=(devices * n, width)), dtype) for n in (tokens, rows))
+    x, y = (jnp.asarray(rng.normal(size=(devices * n, width)), dtype) for n in (tokens, devices * tokens))
     return x, y, experts
 
 
-def routes_here(experts, rows, parts=()):
+def routes_here(experts, parts=()):
     everyone, devices = jax.lax.all_gather(experts, "expert", tiled=True), jax.lax.axis_size("expert")
-    find = functools.partial(remote_exchange.routes, mine=2, devices=devices, rows=rows, parts=parts)
+    find = functools.partial(remote_exchange.routes, mine=2, devices=devices, parts=parts)
     return find(everyone, jax.lax.axis_index("expert")), everyone.shape[0]
 
 
 def there_and_back(x, y, experts, beside=0):
     """What comes, what of it is real, and sums at home."""
-    routes, tokens = routes_here(experts, y.shape[0])
+    routes, tokens = routes_here(experts)
     came = remote_exchange.send(x, routes, axis="expert", beside=beside)
     real = (routes.source < tokens)[:, None]
     return jnp.where(real, came, 0), real, remote_exchange.collect(y, routes, axis="expert", beside=beside)
@@ -161,14 +175,14 @@ def in_parts(x, y, experts, beside=0):
     device's own tokens and of others' apart; and sums at home of y, of both and of one after the other."""
     devices = jax.lax.axis_size("expert")
     parts = (1, devices - 1) if devices > 1 else (1,)
-    routes, tokens = routes_here(experts, y.shape[0], parts)
+    routes, tokens = routes_here(experts, parts)
     came, back = [], []
     for p, part in enumerate(remote_exchange.split(routes, parts)):
         rows, first = part.source.shape[0], p * (y.shape[0] // devices)
         real = (part.source < tokens)[:, None]
         place = jnp.arange(rows, dtype=jnp.int32)
         slot = jnp.where(real, jnp.stack([place, 2 * rows - 1 - place], axis=1), 2 * rows)
-        spread = remote_exchange.run_send("expert", beside, x, part, slot)
+        spread = remote_exchange.run_send("expert", beside, x, part, slot, 2 * rows)
         came.append(jnp.where(jnp.concatenate([real, real[::-1]]), spread, 0))
         back.append((y[first : first + rows], part))
     home = remote_exchange.run_collect("expert", beside, back)
@@ -190,7 +204,7 @@ def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch, cap
     index = jax.lax.axis_index
     monkeypatch.setattr(jax.lax, "axis_size", lambda axis: 2)
     monkeypatch.setattr(jax.lax, "axis_index", lambda axis: jnp.int32(0) if axis == "expert" else index(axis))
-    x, y, _ = operands(1, 5, width, 7, dtype)
+    (x, _, _), (y, _, _) = operands(1, 5, width, dtype), operands(1, 7, width, dtype, seed=1)
     # rows 1, 3, 4 and 0 of two devices of 5 tokens, and three that are none
     source = jnp.array([1, 3, 4, 5, 12, 13, 14], jnp.int32)
     starts, stops = jnp.array([0, 3], jnp.int32), jnp.array([3, 4], jnp.int32)
@@ -200,10 +214,10 @@ def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch, cap
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         options = {"axis": "expert", "beside": aside}
         came = jax.block_until_ready(mosaic_gpu.send(x, source, starts, stops, **options))
-        spread = jax.block_until_ready(mosaic_gpu.send(x, source, starts, stops, slot, **options))
+        spread = jax.block_until_ready(mosaic_gpu.send(x, source, starts, stops, slot, **options, rows=14))
         # of the second device alone, which is here the first one's memory: its token 0 is token 5 of all
         one = jax.block_until_ready(mosaic_gpu.send(x, source, starts[1:], stops[1:], first=1, **options))
-        own = jax.block_until_ready(mosaic_gpu.send(x, source, starts[:1], stops[:1], slot, axis=None))
+        own = jax.block_until_ready(mosaic_gpu.send(x, source, starts[:1], stops[:1], slot, axis=None, rows=14))
         home = jax.block_until_ready(mosaic_gpu.collect([(y, places, 0)], **options))
         parts = [(y, places[:, :1], 0), (y, places[:, 1:], 1)]
         both = jax.block_until_ready(mosaic_gpu.collect(parts, more, **options, dtype=jnp.float32))
@@ -227,7 +241,7 @@ def test_pieces_of_rows_in_the_interpreter(width, dtype, aside, monkeypatch, cap
 
 def test_the_kernels_lower_and_use_no_multicast(monkeypatch):
     monkeypatch.setattr(products, "_hopper", lambda: True)
-    x, y, experts = operands(4, 64, 256, 128, jnp.bfloat16)
+    x, y, experts = operands(4, 64, 256, jnp.bfloat16)
     for run, count in (there_and_back, 2), (in_parts, 3):
         text = over(4)(run).trace(x, y, experts).lower(lowering_platforms=("cuda",)).as_text()
         assert "send_rows" in text and "collect_rows" in text
@@ -239,7 +253,7 @@ def test_the_kernels_lower_and_use_no_multicast(monkeypatch):
 def test_beside_products_they_lower_for_a_stream_of_their_own(monkeypatch):
     """Forward and backward, each way by a call that XLA may not take apart; on two times four devices."""
     monkeypatch.setattr(products, "_hopper", lambda: True)
-    x, y, experts = operands(8, 64, 256, 128, jnp.bfloat16)
+    x, y, experts = [jnp.concatenate([a, a]) for a in operands(4, 64, 256, jnp.bfloat16)]
 
     def run(x, y, experts):
         return jax.vjp(lambda x, y: there_and_back(x, y, experts, beside=SPARE)[:3:2], x, y)[1]((y, x))
@@ -253,15 +267,15 @@ def test_beside_products_they_lower_for_a_stream_of_their_own(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif("jax.default_backend() != 'gpu' or len(jax.devices()) < 2")
 @pytest.mark.parametrize(
-    ("tokens", "width", "rows", "data"), [(500, 128, 900, 1), (300, 2048, 100, 1), (1, 7168, 4, 1), (300, 2048, 100, 2)]
+    ("tokens", "width", "data"), [(500, 128, 1), (300, 2048, 1), (1, 7168, 1), (300, 2048, 2)]
 )
-def test_on_the_gpus_of_a_host(tokens, width, rows, data, monkeypatch):
+def test_on_the_gpus_of_a_host(tokens, width, data, monkeypatch):
     """Bit for bit what the collectives bring, three times."""
     devices = len(jax.devices()) // data
     if devices == 1:
         pytest.skip("two times two GPUs are needed")
     run = over(devices, data)
-    parts = [operands(devices, tokens, width, rows, jnp.bfloat16, seed) for seed in range(data)]
+    parts = [operands(devices, tokens, width, jnp.bfloat16, seed) for seed in range(data)]
     args = [jnp.concatenate(each) for each in zip(*parts, strict=True)]
     exchanges = [functools.partial(f, beside=beside) for f in (there_and_back, in_parts) for beside in (0, SPARE)]
     got = [[run(*args) for _ in range(3)] for run in map(run, exchanges)]
@@ -279,7 +293,7 @@ def assert_equal(got, wanted):
 @pytest.mark.skipif("jax.default_backend() != 'gpu'")
 def test_on_one_gpu_rows_are_exchanged_with_itself(monkeypatch):
     """By references that aren't remote; on a stream of their own too, by blocks of several warpgroups."""
-    args = operands(1, 300, 2048, 400, jnp.bfloat16)
+    args = operands(1, 300, 2048, jnp.bfloat16)
     exchanges = [functools.partial(f, beside=beside) for f in (there_and_back, in_parts) for beside in (0, SPARE)]
     got = [over(1)(exchange)(*args) for exchange in exchanges]
     emulated_remote.install(monkeypatch)
@@ -291,7 +305,7 @@ def test_off_gpu_it_says_so():
 
     def routes(tokens, devices, rows):
         shapes = (tokens, devices), rows, devices, devices
-        return remote_exchange.Routes(*(jnp.zeros(shape, jnp.int32) for shape in shapes), jnp.int32(0))
+        return remote_exchange.Routes(*(jnp.zeros(shape, jnp.int32) for shape in shapes))
 
     def send(*sizes):
         over(4)(lambda x: remote_exchange.send(x, routes(*sizes), axis="expert"))(x)

@@ -2,8 +2,8 @@
 
     routes(experts, …) -> Routes;  send(x, routes) -> rows on their devices;  collect(rows, routes) -> sums at home
 
-Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, R rows that a device has
-room for. A token with several experts on one device goes there once.
+Letters: T tokens of one device, D width, S devices along the mesh axis, K experts per token, R tokens that can come:
+all S·T, or those of a part of the devices. A token with several experts on one device goes there once.
 
 `send` and `collect` are called inside a shard_map over the axis, and each is the other's gradient. With `beside`, an
 even number of multiprocessors, they run on a stream of their own, in the room that expert products with as many to
@@ -22,6 +22,7 @@ from pallas_kernels.vary import vary_alike
 
 __all__ = [
     "Routes", "arrivals", "check_tokens", "collect", "routes", "run_collect", "run_send", "send", "split", "why_not",
+    "within",
 ]  # fmt: skip
 
 
@@ -32,77 +33,88 @@ class Routes:
 
     From device me + first + j, around all S, come rows starts[j] … stops[j] − 1 of R, (N,) i32 each. source (R,) i32:
     the token, of the S·T of all devices, of each row; of a row that doesn't come S·T and more, no number twice.
-    places (T, N) i32: the row of each token of `me` on device me − first − j; R or more where it has none. overflow ()
-    i32: choices of its tokens that found no room, on any device.
+    places (T, N) i32: the row of each token of `me` on device me − first − j; R or more where it has none.
     """
 
     places: jax.Array
     source: jax.Array
     starts: jax.Array
     stops: jax.Array
-    overflow: jax.Array
     first: int = dataclasses.field(default=0, metadata={"static": True})
 
 
-def routes(experts: jax.Array, me: jax.Array, *, mine: int, devices: int, rows: int, parts=()) -> Routes:
+def routes(experts: jax.Array, me: jax.Array, *, mine: int, devices: int, parts=()) -> Routes:
     """The routes of device `me` () i32 from everyone's choices: experts (S·T, K) i32, token by token, device by device.
 
     A choice of S·mine or more is none; device s holds experts s·mine … (s+1)·mine − 1. On a device its own tokens stand
-    first, then those of the next device, and so on; those past `rows` = R find no room. parts: how many devices, in
-    this order, each part has, with as large a share of the room, which S divides then. Pure arithmetic, the same on
-    every device.
+    first, then those of the next device, and so on. parts: how many devices, in this order, each part has, whose rows
+    begin where all tokens of those before would end. Pure arithmetic, the same on every device.
     """
     everyone, S = experts.shape[0], devices
     tokens = everyone // S
     going = jnp.any((experts // mine)[:, :, None] == jnp.arange(S, dtype=jnp.int32)[None, None], axis=1)
-    going = going.reshape(S, tokens, S)
-    nearest = jnp.stack([jnp.roll(going[:, :, s], -s, axis=0) for s in range(S)], axis=2)  # of device s + j, on s
-    shares = list(_shares(parts or (S,), rows))
+    nearest = _nearest_first(going.reshape(S, tokens, S))
+    shares = list(_shares(parts or (S,), tokens))
     found = []
     for before, count, first, room in shares:
-        row = arrivals(nearest[before : before + count].reshape(-1, S), room)
-        found.append(jnp.where(row < room, first + row, rows).reshape(count, tokens, S))
+        row = arrivals(nearest[before : before + count].reshape(room, S))
+        found.append(jnp.where(row < room, first + row, everyone).reshape(count, tokens, S))
     place = jnp.concatenate(found)
 
     there = jax.lax.dynamic_index_in_dim(place, me, axis=2, keepdims=False)
     neighbour = jnp.arange(S, dtype=jnp.int32)
     number = (me + neighbour)[:, None] % S * tokens + jnp.arange(tokens, dtype=jnp.int32)[None]
-    source = jnp.arange(everyone, everyone + rows, dtype=jnp.int32)
+    source = jnp.arange(everyone, 2 * everyone, dtype=jnp.int32)
     source = source.at[there.reshape(-1)].set(number.reshape(-1), mode="drop")
-    come = jnp.sum(there < rows, axis=1, dtype=jnp.int32)
+    come = jnp.sum(there < everyone, axis=1, dtype=jnp.int32)
     ends = [first + jnp.cumsum(come[before : before + count], dtype=jnp.int32) for before, count, first, _ in shares]
     stops = jnp.concatenate(ends)
 
     token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
     places = place[neighbour[None], token, (me - neighbour)[None] % S]
-    chosen = jax.lax.dynamic_slice_in_dim(experts, me * tokens, tokens)
-    whose = (me - jnp.minimum(chosen // mine, S - 1)) % S
-    lost = (chosen < S * mine) & (jnp.take_along_axis(places, whose, axis=1) == rows)
-    return Routes(places, source, stops - come, stops, jnp.sum(lost, dtype=jnp.int32))
+    return Routes(places, source, stops - come, stops)
+
+
+def within(experts: jax.Array, *, mine: int, devices: int, rows: int) -> tuple[jax.Array, jax.Array]:
+    """`routes`' experts where a device has room for `rows` choices: those past it become none, S·mine. And how many of
+    each device's choices these are, (S,) i32.
+
+    They come in the order of `routes`, a token's from the first to the last.
+    """
+    S = devices
+    here = (experts // mine)[..., None] == jnp.arange(S, dtype=jnp.int32)[None, None]
+    nearest = _nearest_first(here.reshape(S, -1, S))
+    late = jnp.cumsum(nearest.reshape(-1, S), axis=0, dtype=jnp.int32) > rows
+    lost = _nearest_first(nearest & late.reshape(nearest.shape), back=True).any(axis=2)
+    return jnp.where(lost.reshape(experts.shape), S * mine, experts), jnp.sum(lost, axis=1, dtype=jnp.int32)
+
+
+def _nearest_first(a: jax.Array, back: bool = False) -> jax.Array:
+    """a (S, n, S), of device i for device s -> of device s + i for device s; or the other way round."""
+    return jnp.stack([jnp.roll(a[:, :, s], s if back else -s, axis=0) for s in range(a.shape[2])], axis=2)
 
 
 def split(routes: Routes, parts: tuple[int, ...]) -> list[Routes]:
     """The routes of each part, made with the same `parts`, with rows numbered from 0."""
     found = []
-    for before, count, first, room in _shares(parts, routes.source.shape[0]):
+    for before, count, first, room in _shares(parts, routes.source.shape[0] // sum(parts)):
         of = slice(before, before + count)
         places, starts, stops = (a[..., of] - first for a in (routes.places, routes.starts, routes.stops))
-        found.append(Routes(places, routes.source[first : first + room], starts, stops, routes.overflow, before))
+        found.append(Routes(places, routes.source[first : first + room], starts, stops, before))
     return found
 
 
-def _shares(parts, rows):
+def _shares(parts, tokens):
     """Of each part: the devices before it and of it, the rows before it and of it."""
-    before, S = 0, sum(parts)
+    before = 0
     for count in parts:
-        yield before, count, rows * before // S, rows * count // S
+        yield before, count, tokens * before, tokens * count
         before += count
 
 
-def arrivals(going: jax.Array, rows: int) -> jax.Array:
-    """going (N, S) bool -> (N, S) i32: how many tokens before it go to that device; `rows` where it doesn't."""
-    before = jnp.cumsum(going, axis=0, dtype=jnp.int32) - 1
-    return jnp.where(going & (before < rows), before, rows)
+def arrivals(going: jax.Array) -> jax.Array:
+    """going (N, S) bool -> (N, S) i32: how many before it go to that device; N where it doesn't."""
+    return jnp.where(going, jnp.cumsum(going, axis=0, dtype=jnp.int32) - 1, going.shape[0])
 
 
 def send(x: jax.Array, routes: Routes, *, axis: str, beside: int = 0) -> jax.Array:
@@ -133,13 +145,13 @@ def why_not(rows) -> str | None:
     return mosaic_gpu.why_not(rows)
 
 
-def run_send(axis, beside, x, routes, slot=None):
+def run_send(axis, beside, x, routes, slot=None, rows=None):
     """`mosaic_gpu.send` by these routes, on a stream of its own if it has multiprocessors of its own. A device's own
     tokens alone are no exchange: nobody waits for anybody."""
     source = routes.source
     if _own(routes):
         source, axis = source - jax.lax.axis_index(axis) * x.shape[0], None
-    run = functools.partial(mosaic_gpu.send, axis=axis, first=routes.first, beside=beside)
+    run = functools.partial(mosaic_gpu.send, axis=axis, first=routes.first, beside=beside, rows=rows)
     args = x, source, routes.starts, routes.stops, *(() if slot is None else (slot,))
     return mosaic_gpu.on_its_stream(run)(*args) if beside else run(*args)
 

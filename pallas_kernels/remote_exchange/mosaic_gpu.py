@@ -52,9 +52,9 @@ def why_not(rows) -> str | None:
     return None if jax.process_count() == 1 else "it needs all devices in one process, on one host"
 
 
-def send(x, source, starts, stops, slot=None, *, axis, first=0, beside=0):
+def send(x, source, starts, stops, slot=None, *, axis, first=0, beside=0, rows=None):
     """(T, D), (R,), (N,), (N,) -> (R, D): row source of all devices' tokens, of which starts … stops − 1 are those of
-    device me + first + j; with slot (R, K) -> (R·K, D): each of these rows to its K places, those below R·K. Without an
+    device me + first + j; with slot (R, K) -> (rows, D): each of these to its K places, those below `rows`. Without an
     axis there is one device.
 
     A worker reads from one device: in their order all devices would read rows from the first one together, then from
@@ -62,7 +62,7 @@ def send(x, source, starts, stops, slot=None, *, axis, first=0, beside=0):
     """
     (T, D), R, N = x.shape, source.shape[0], starts.shape[0]
     K = 1 if slot is None else slot.shape[1]
-    M = R * K
+    M = R if slot is None else rows
     width = _width(D, x.dtype, _PIECE)
     chunks, together = D // width, min(_STAGE // (width * x.dtype.itemsize), _TOGETHER)
 

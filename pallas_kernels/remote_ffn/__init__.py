@@ -12,7 +12,7 @@ own rows are computed, by products that leave the exchange the multiprocessors i
                of        own                             others, ddown of both  both
 
 Letters: T tokens of a device, D and F the widths outside and inside, E experts of a device, K experts per token, S
-devices; R tokens that a part has room for, and M = R·K rows.
+devices; R tokens that can come of a part, and M rows that it has room for.
 """
 
 import dataclasses
@@ -44,12 +44,13 @@ class Part:
     """Tokens that come from some of the devices, and where their rows stand, sorted by expert.
 
     routes: of R tokens (`remote_exchange.split`). slot (R, K) i32: the row of each of their choices, M or more where it
-    has none. metadata: `group_metadata` of M rows, without a tail.
+    has none. metadata: `group_metadata` of M rows, without a tail. rows: M.
     """
 
     routes: Routes
     slot: jax.Array
     metadata: GroupMetadata
+    rows: int = dataclasses.field(metadata={"static": True})
 
 
 def remote_ffn(x, gate, up, down, gates, parts, *, axis: str, activation: str = "silu") -> jax.Array:
@@ -92,7 +93,7 @@ def _forward(axis, activation, x, weights, gates, parts):
 def _run(axis, activation, keep, x, weights, gates, parts):
     """The result and, of each part, its rows, the products with gate and up if kept, and the gate of every row."""
     gate, up, down = weights
-    scales = [_by_row(g, part.slot) for g, part in zip(gates, parts, strict=True)]
+    scales = [_by_row(g, part) for g, part in zip(gates, parts, strict=True)]
 
     def up_and_gate(i, rows, spare):
         return kernels.hidden(activation, rows, gate, up, _leaving(spare, parts[i]), keep=keep, scale=scales[i])
@@ -171,7 +172,7 @@ def _as_they_come(axis, x, parts, work):
 
 def _send(axis, beside, x, part):
     with jax.named_scope("exchange"):
-        return run_send(axis, beside, x, part.routes, part.slot)
+        return run_send(axis, beside, x, part.routes, part.slot, part.rows)
 
 
 def _collect(axis, beside, sums, more, dtype):
@@ -189,10 +190,10 @@ def _leaving(spare: int, part: Part) -> GroupMetadata:
     return dataclasses.replace(part.metadata, spare=spare)
 
 
-def _by_row(gates, slot):
+def _by_row(gates, part):
     """(R, K) in the order of rows, (M,); zeros where no row comes."""
-    empty = vary_alike(jnp.zeros((slot.size,), jnp.float32), gates)[0]
-    return empty.at[slot.reshape(-1)].set(gates.reshape(-1), mode="drop", unique_indices=True)
+    empty = vary_alike(jnp.zeros((part.rows,), jnp.float32), gates)[0]
+    return empty.at[part.slot.reshape(-1)].set(gates.reshape(-1), mode="drop", unique_indices=True)
 
 
 def _aside(axis) -> int:

@@ -53,8 +53,8 @@ def few(chosen):
     return few_rows.products(normal(2, 256), chosen, (normal(E, 256, 384), normal(E, 256, 384)))
 
 
-def exchanged(slot, source, starts):
-    routes = remote_exchange.Routes(slot, source, starts, jnp.int32(0))
+def exchanged(places, source, starts, stops):
+    routes = remote_exchange.Routes(places, source, starts, stops)
 
     def there_and_back(x):
         rows = remote_exchange.send(x, routes, axis="expert")
@@ -76,7 +76,7 @@ def cases():
         "gated_ffn, no tail": (functools.partial(gated, hidden=WIDTH, tail=False), sizes),
         "combine": (moved, slot),
         "few_rows": (few, jnp.array([0, 2, 3, 3], jnp.int32)),
-        "remote_exchange": (exchanged, tokens[:, None], tokens, jnp.array([0, T], jnp.int32)),
+        "remote_exchange": (exchanged, tokens[:, None], tokens, jnp.array([0], jnp.int32), jnp.array([T], jnp.int32)),
     }
 
 
