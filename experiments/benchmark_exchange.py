@@ -12,7 +12,8 @@ the time. `equal copy` writes T/S rows into each GPU's buffer by remote referenc
 
 Then the layer, forward and backward, at published sizes, four times in a program as layers are in a step: throughput
 per GPU over that of one GPU which computes as many rows with as many experts and exchanges nothing. Random inputs, a
-random router; printed is how many rows the busiest GPU has, of the mean.
+random router; printed is how many rows the busiest GPU has, of the mean. `remote` is compiled without CUDA graphs, as a
+training step with it is.
 """
 
 import functools
@@ -49,8 +50,7 @@ _CHUNKS = flags.DEFINE_multi_integer("chunks", [4], "Time the layer in so many c
 
 _DECOMPOSER = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"
 AXIS = "expert"
-# of the layer in one program: before one begins the runtime makes its exchanges ready, and the GPU has nothing to do
-_PASSES = 4
+_PASSES = 4  # of the layer in one program, so that what a program's start costs counts a quarter
 
 
 def over(mesh, run):

@@ -25,7 +25,7 @@ from pallas_kernels import remote_exchange
 from pallas_kernels.grouped_matmul import SPARE, group_metadata
 from pallas_kernels.remote_ffn import Part, remote_ffn
 
-_APART = 3  # devices
+_APART = 3  # devices on the expert axis, from which on a device's own rows are a part of their own
 
 
 def mixture(x, decision, weights, *, num_experts: int, work: Work, way: str, factor: float | None, chunks: int):

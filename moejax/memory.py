@@ -106,7 +106,7 @@ def _less_room(config: Config) -> list[str]:
     if moe is None or config.mesh.expert == 1 or moe.exchange == "gather" or moe.exchange_factor is not None:
         return []
     named = "" if moe.exchange else " with config.model.moe.exchange named"
-    return [f"perhaps config.model.moe.exchange_factor=2{named}, which counts what it leaves out"]
+    return [f"perhaps config.model.moe.exchange_factor=1.5{named}, which counts what it leaves out"]
 
 
 def _smaller_state(config: Config) -> list[str]:

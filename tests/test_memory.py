@@ -63,7 +63,7 @@ def test_room_for_all_rows_is_named_where_experts_are_on_several_devices():
     one = config()
     moe = dataclasses.replace(small.ROUTERS["top_k"], exchange="remote")
     split = dataclasses.replace(one, model=dataclasses.replace(one.model, moe=moe), mesh=MeshConfig(expert=4))
-    with pytest.raises(UserError, match=r"perhaps config\.model\.moe\.exchange_factor=2, which counts"):
+    with pytest.raises(UserError, match=r"perhaps config\.model\.moe\.exchange_factor=1\.5, which counts"):
         memory.check_sizes(60, 60, 0, 100, split, shards=4)
 
 
