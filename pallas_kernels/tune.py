@@ -42,7 +42,7 @@ def candidates(rows: int = schedule.ROWS) -> list[Tiling]:
 def place(case, op: str) -> tuple[int, str]:
     """(rows of a tile, bucket) of a case's product."""
     M, E, K, _ = case["product"]
-    rows, depth = (schedule.tile_rows(M, E), K) if op == "forward" else (schedule.ROWS, M // E)
+    rows, depth = (schedule.tile_rows(M, E), K) if op == "forward" else (max(mosaic_gpu.drhs_heights(K)), M // E)
     return rows, tilings.bucket(op, rows, depth)
 
 

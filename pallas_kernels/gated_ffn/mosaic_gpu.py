@@ -73,7 +73,7 @@ def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, scal
     body = functools.partial(_hidden_kernel, t, ACTIVATIONS[activation], 1 + 2 * keep, scale is not None)
     kernel = hopper.launch("gated_ffn_hidden", body, t, out, stage, rows.dtype, approximate=True)
     # a tile reads its rows' scales whole, also where the rows end before it
-    scales = () if scale is None else (jnp.pad(scale, (0, spare + schedule.ROWS)),)
+    scales = () if scale is None else (jnp.pad(scale, (0, spare + schedule.TALL)),)
     results = kernel(*row_tiles(metadata, M), jnp.pad(rows, ((0, spare), (0, 0))), gate, up, *scales)
     return tuple(vary_alike(result[:M], rows)[0] for result in results)
 
@@ -85,7 +85,7 @@ def _hidden_kernel(
     E, depth = gate.shape[0], rows.shape[1] // _STEP
     columns = pl.cdiv(gate.shape[2], 2 * _HALF)
     box = hopper.box(rows.shape[0], E)
-    info = hopper.walk_rows(tiles, columns)
+    heights, plan = hopper.walk_rows(t, count, tiles, a.shape[1], E, columns)
 
     def first_column(column):
         return (column * 2 + lax.axis_index("pair")) * _HALF
@@ -93,33 +93,39 @@ def _hidden_kernel(
     def load(tile, k, slot, barrier):
         group, row, _, stop, column, _ = tile
         step, wide = pl.ds(k * _STEP, _STEP), pl.ds(first_column(column), _HALF)
-        hopper.load_rows(rows, row * 8, step, box, stop, a.at[slot], barrier)
+        hopper.load_rows(rows, row * 8, step, stop, tile, heights, box, a.at[slot], barrier)
         plgpu.copy_gmem_to_smem(gate.at[group, step, wide], b.at[slot], barrier)
         plgpu.copy_gmem_to_smem(up.at[group, step, wide], c.at[slot], barrier)
 
     def compute(wg, tile, accumulate):
+        hopper.by_height(tile, heights, lambda height: multiply(wg, tile, accumulate, height))
+
+    def multiply(wg, tile, accumulate, height):
         _, row, start, stop, column, _ = tile
 
         def operands(_, slot):
-            turned = a.at[slot].transpose((1, 0))
+            turned = a.at[slot, pl.ds(0, height)].transpose((1, 0))
             return (b.at[slot].transpose((1, 0)), turned), (c.at[slot].transpose((1, 0)), turned)
 
         def store(gated, plain):
-            at, whole = (row * 8, first_column(column)), activation(gated) * plain
+            for r in range(0, height, 64):  # a piece at a time: registers hold the sums and little more
+                piece(r, gated[:, r : r + 64], plain[:, r : r + 64])
+
+        def piece(r, gated, plain):
+            at, whole = (row * 8 + r, first_column(column)), activation(gated) * plain
             for scale in scales:
-                mine = scale.at[pl.ds(row * 8, a.shape[1])]
+                mine = scale.at[pl.ds(row * 8 + r, 64)]
                 by_row = plgpu.load(mine, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)  # from global memory
                 whole *= lax.broadcast_in_dim(by_row, whole.shape, (1,))
             for turn, value in enumerate((whole, gated, plain)[:outputs]):
-                value = value.astype(outs[turn].dtype)
-                stages = staging[wg]
-                hopper.store_rows(value, outs[turn], at, start, stop, *stages, turn=turn * a.shape[1], turned=True)
+                value, turn = value.astype(outs[turn].dtype), r * outputs + turn * 64
+                here = start - r, stop - r
+                hopper.store_rows(value, outs[turn // 64 % outputs], at, *here, *staging[wg], turn=turn, turned=True)
 
-        accumulate(operands, store)
+        accumulate(operands, store, ((_HALF, height),) * 2)
 
     steps = lambda tile: jnp.where(tile[0] < E, depth, 0)  # noqa: E731
-    sums = ((_HALF, a.shape[1]),) * 2
-    hopper.pipeline(t, count[0] * columns, info, steps, load, compute, ready, free, sums)
+    hopper.pipeline(t, plan, steps, load, compute, ready, free)
 
 
 def dlhs(grads, weights, metadata: GroupMetadata, tiles: Tiling | None = None):
@@ -139,41 +145,44 @@ def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, st
     E, D, F = gate.shape
     depth, columns = F // _STEP, pl.cdiv(D, 2 * COLUMNS)
     box = hopper.box(dgate.shape[0], E)
-    turns, whole = hopper.in_halves(count[0] * columns, tiles.shape[0] * columns, D, t)
-    info = hopper.walk_rows(tiles, columns, whole)
+    heights, plan = hopper.walk_rows(t, count, tiles, a.shape[1], E, columns, D)
 
     def load(tile, k, slot, barrier):
-        group, row, _, stop, column, half = tile
+        group, row, _, stop, column, _ = tile
 
         def take(rows, weights, k):
             step = pl.ds(k * _STEP, _STEP)
-            hopper.load_rows(rows, row * 8, step, box, stop, a.at[slot], barrier)
+            hopper.load_rows(rows, row * 8, step, stop, tile, heights, box, a.at[slot], barrier)
 
             def some(first, width):
                 target = b.at[slot, pl.ds(0, width)]
                 plgpu.copy_gmem_to_smem(weights.at[group, pl.ds(first, width), step], target, barrier)
 
-            hopper.place_columns(column, half, D, some)
+            hopper.place_columns(column, hopper.half_of(tile, heights), D, some)
 
         pl.when(k < depth)(lambda: take(dgate, gate, k))
         pl.when(k >= depth)(lambda: take(dup, up, k - depth))
 
     def compute(wg, tile, accumulate):
-        _, row, start, stop, column, half = tile
+        _, row, start, stop, column, _ = tile
 
-        def multiply(first, width):
+        def multiply(first, width, rows):
             def store(acc):
                 hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *staging[wg])
 
             def operands(_, slot):
-                return ((a.at[slot], b.at[slot, pl.ds(0, width)].transpose((1, 0))),)
+                return ((a.at[slot, pl.ds(0, rows)], b.at[slot, pl.ds(0, width)].transpose((1, 0))),)
 
-            accumulate(operands, store, ((a.shape[1], width),))
+            accumulate(operands, store, ((rows, width),))
 
-        hopper.place_columns(column, half, D, multiply)
+        def of(height):
+            body = functools.partial(multiply, rows=height)
+            hopper.place_columns(column, hopper.half_of(tile, heights), D, body)
+
+        hopper.by_height(tile, heights, of)
 
     steps = lambda tile: jnp.where(tile[0] < E, 2 * depth, 0)  # noqa: E731
-    hopper.pipeline(t, turns, info, steps, load, compute, ready, free)
+    hopper.pipeline(t, plan, steps, load, compute, ready, free)
 
 
 def _row_blocks(metadata: GroupMetadata) -> int:

@@ -72,20 +72,62 @@ def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
     )
 
 
-def pipeline(
-    t: Tiling, count, info, steps, load, compute, ready, free, sums=((128, COLUMNS),), turn=schedule.round_robin
-):
-    """Runs this block's share of `count` tiles: the loading warp, and the two compute warpgroups by turns.
+def dealt(t: Tiling, count, info, turn=schedule.round_robin):
+    """`tiles` of `pipeline`: this cluster's share of `count` tiles, of which info(lin) gives the scalars.
 
-    info(lin) -> a tile's scalars; steps(tile): how many stages it takes; load(tile, k, slot, barrier) fills a slot;
-    compute(warpgroup, tile, accumulate), where accumulate(operands, store) multiplies all its steps: operands(k, slot)
-    gives the two factors of every accumulator, whose shapes are `sums` (or what accumulate is given), and store takes
-    their values. turn: which tiles a cluster takes, `schedule.round_robin` or `back_and_forth`.
+    turn: which tiles a cluster takes, `schedule.round_robin` or `back_and_forth`.
     """
     clusters = t.blocks // 2
-    block = lax.axis_index("block")
-    nth = functools.partial(turn, cluster=block, clusters=clusters)
-    mine = schedule.turns(count, nth, clusters)
+    nth = functools.partial(turn, cluster=lax.axis_index("block"), clusters=clusters)
+    return schedule.turns(count, nth, clusters), jnp.int32(0), lambda i: (info(nth(i)), i + 1)
+
+
+def dealt_both(t: Tiling, high, low, info, turn=schedule.round_robin):
+    """`dealt` of two lists of tiles, the taller and the lower ones: a cluster gets its share of each, so that none has
+    more to multiply, and takes them in one order.
+
+    high, low: (count, head), where head(lin) -> (place in the order, what info needs). info(…) -> a tile's scalars;
+    behind them comes whether it is of the first list.
+    """
+    clusters, block = t.blocks // 2, lax.axis_index("block")
+    late = lax.rem(block + clusters - lax.rem(high[0], jnp.int32(clusters)), jnp.int32(clusters))  # the first has fewer
+    lists = [
+        (functools.partial(turn, cluster=cluster, clusters=clusters), *one)
+        for cluster, one in zip((block, late), (high, low), strict=True)
+    ]
+
+    def next_of(i, nth, count, head):
+        place, what = head(nth(i))
+        return jnp.where(nth(i) < count, place, jnp.iinfo(jnp.int32).max), what
+
+    def take(state):
+        (place, tall), (other, flat) = (next_of(i, *one) for i, one in zip(state, lists, strict=True))
+        first = place <= other
+        one = info(*(jnp.where(first, a, b) for a, b in zip(tall, flat, strict=True)))
+        step = first.astype(jnp.int32)
+        return (*one, step), (state[0] + step, state[1] + 1 - step)
+
+    mine = sum(schedule.turns(count, nth, clusters) for nth, count, _ in lists)
+    return mine, (jnp.int32(0), jnp.int32(0)), take
+
+
+def by_height(tile, heights, body):
+    """body(height of the tile), which is one of at most two."""
+    if len(heights) == 1:
+        return body(heights[0])
+    for height, last in zip(heights, (1, 0), strict=True):
+        pl.when(tile[-1] == last)(functools.partial(body, height))
+
+
+def pipeline(t: Tiling, tiles, steps, load, compute, ready, free):
+    """Runs this block's share of tiles: the loading warp, and the two compute warpgroups by turns.
+
+    tiles: `dealt` or `dealt_both`: how many, a state, and take(state) -> a tile's scalars and the state after it;
+    steps(tile): how many stages it takes; load(tile, k, slot, barrier) fills a slot; compute(warpgroup, tile,
+    accumulate), where accumulate(operands, store, sums) multiplies all its steps: operands(k, slot) gives the two
+    factors of every accumulator, whose shapes are `sums`, and store takes their values.
+    """
+    mine, before, take = tiles
 
     def slot(step):
         return lax.rem(step, jnp.int32(t.stages))
@@ -94,15 +136,15 @@ def pipeline(
         """body(i, tile, steps before it) for every tile, the next one's scalars on their way meanwhile."""
 
         def loop(i, carry):
-            tile, base = carry
-            following = info(nth(i + 1))
+            tile, state, base = carry
+            following, state = take(state)
             body(i, tile, base)
-            return following, base + steps(tile)
+            return following, state, base + steps(tile)
 
-        return lax.fori_loop(0, mine, loop, (info(nth(jnp.int32(0))), jnp.int32(0)))[1]
+        return lax.fori_loop(0, mine, loop, (*take(before), jnp.int32(0)))[2]
 
     def producer():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
 
         def loads(i, tile, base):
             own = lax.rem(i, jnp.int32(2)) * t.stages
@@ -123,10 +165,10 @@ def pipeline(
         plgpu.warp_map(lambda warp: pl.when(warp == 0)(work)) if t.one_warp else work()
 
     def consumer(wg):
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
 
         def product(i, tile, base):
-            def accumulate(operands, store, sums=sums):
+            def accumulate(operands, store, sums):
                 total = steps(tile)
 
                 def step(accs, k):
@@ -153,22 +195,43 @@ def pipeline(
     lax.cond(wg == 2, producer, lambda: lax.cond(wg == 0, lambda: consumer(0), lambda: consumer(1)))
 
 
-def walk_rows(tiles, columns: int, whole=None):
-    """`info` of `pipeline` over the row tiles (T, 6) of `schedule.row_tiles` times `columns` of columns.
+def walk_rows(t: Tiling, counts, tiles, rows: int, E: int, columns: int, N: int = 1):
+    """(heights of the tiles, `tiles` of `pipeline`) over the row tiles (T, 7) of `schedule.row_tiles` times `columns`.
 
-    A tile's scalars: group, first row / 8, the first and the last + 1 of its rows that count, column, half: 0, or 1 or
-    2 where turns from `whole` on are halves of a tile (`schedule.halves`).
+    rows: of a stage. A tile's scalars: group, first row / 8, the first and the last + 1 of its rows that count, column,
+    and half: 0, or 1 or 2 where a last round of tiles is taken in halves of their columns, whole pairs of N. Tall tiles
+    have no halves: there the last says whether it is one.
     """
-    last = tiles.shape[0] - 1
+
+    def place(lin, count, first=0):
+        last = jnp.maximum(count - 1, 0)
+        some = first + jnp.minimum(lax.div(lin, jnp.int32(columns)), last)
+        tile, column = schedule.place(lin, tiles[some, 4], tiles[some, 5], columns)
+        return some, first + jnp.minimum(tile, last), column
+
+    def scalars(tile, column):
+        return *(tiles[tile, i] for i in range(4)), column
+
+    if rows == schedule.TALL:
+
+        def head(lin, count, first):
+            some, tile, column = place(lin, count, first)
+            return tiles[some, 6] * columns + column, (tile, column)
+
+        firsts = 0, tiles.shape[0] - schedule.most_low(E)
+        lists = [
+            (counts[i] * columns, functools.partial(head, count=counts[i], first=first))
+            for i, first in enumerate(firsts)
+        ]
+        return (rows, schedule.ROWS), dealt_both(t, *lists, scalars)
+
+    turns, whole = in_halves(counts[0] * columns, tiles.shape[0] * columns, N, t)
 
     def info(lin):
         lin, half = (lin, jnp.int32(0)) if whole is None else schedule.half_of(lin, whole)
-        some = jnp.minimum(lax.div(lin, jnp.int32(columns)), last)
-        tile, column = schedule.place(lin, tiles[some, 4], tiles[some, 5], columns)
-        tile = jnp.minimum(tile, last)
-        return tiles[tile, 0], tiles[tile, 1], tiles[tile, 2], tiles[tile, 3], column, half
+        return *scalars(*place(lin, counts[0])[1:]), half
 
-    return info
+    return (rows,), dealt(t, turns, info)
 
 
 def box(M: int, E: int) -> int:
@@ -181,18 +244,23 @@ def stored_rows(M: int) -> int:
     return M if M < 64 else pl.cdiv(M, 8) * 8
 
 
-def load_rows(rows, row, step, box, stop, stage, barrier):
-    """`box` rows of a tile from `row` on to both blocks of the pair; half of them where none from `stop` on counts."""
+def load_rows(rows, row, step, stop, tile, heights, most: int, stage, barrier):
+    """A tile's rows from `row` on, at most `most`, to both blocks of the pair; of one that isn't tall only half of them
+    where those from `stop` on, which don't count, are as many."""
 
     def take(size):
         target = stage.at[pl.ds(0, size)]
         plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, size), step], target, barrier, collective_axes="pair")
 
-    if box % 32:  # each block loads a half, in eights
-        take(box)
-    else:
-        pl.when(stop <= box // 2)(lambda: take(box // 2))
-        pl.when(stop > box // 2)(lambda: take(box))
+    def of(height):
+        size = min(height, most)
+        if size == schedule.TALL or size % 32:  # each block loads a half, in eights
+            take(size)
+        else:
+            pl.when(stop <= size // 2)(lambda: take(size // 2))
+            pl.when(stop > size // 2)(lambda: take(size))
+
+    by_height(tile, heights, of)
 
 
 def first_column(column, width=COLUMNS):
@@ -211,14 +279,20 @@ def in_halves(count, most: int, N: int, t: Tiling):
     return schedule.halves(count, clusters)
 
 
+def half_of(tile, heights):
+    """The half of its columns that a tile of walk_rows is; None where there are none."""
+    return tile[-1] if len(heights) == 1 else None
+
+
 def place_columns(column, half, N: int, body):
     """body(first column, width) of this block's tile, or of its share of a half; the two blocks share what is left for
-    the last pair of N."""
+    the last pair of N. half: see walk_rows; None where there are none."""
     narrow = COLUMNS // 2
     last, rest = divmod(N, 2 * COLUMNS)
-    if rest not in (0, narrow, COLUMNS):
+    if rest not in ((narrow, COLUMNS) if half is None else (0, narrow, COLUMNS)):
         return body(first_column(column), COLUMNS)
     some, all_of_it = (column == last, column < last) if rest else (half > 0, half == 0)
+    half = 0 if half is None else half
     pl.when(some)(lambda: body(first_column(column, narrow) + jnp.maximum(half - 1, 0) * COLUMNS, narrow))
     pl.when(all_of_it)(lambda: body(first_column(column), COLUMNS))
 

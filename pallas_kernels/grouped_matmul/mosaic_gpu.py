@@ -22,9 +22,8 @@ from pallas_kernels.grouped_matmul.hopper import COLUMNS, Tiling
 from pallas_kernels.grouped_matmul.metadata import GroupMetadata
 from pallas_kernels.vary import vary_alike
 
-_ROWS = schedule.ROWS
+_ROWS, _TALL = schedule.ROWS, schedule.TALL
 _STEP = hopper.STEP
-_MASKED = 16  # rows of a weight gradient's stage that are masked at once
 
 
 def why_not(lhs, rhs, transpose_rhs: bool) -> str | None:
@@ -73,7 +72,10 @@ def drhs_of(parts, out_dtype, tiles: Tiling | None = None):
     M, K, N = sum(lhs.shape[0] for lhs, _, _ in parts), lhs.shape[1], grad.shape[1]
     t = here(tiles or tilings.pick("drhs", _ROWS, M // max(E, 1)), lhs, metadata.spare)
     out = jax.ShapeDtypeStruct((E, K, N), out_dtype)
-    stage = {"a": (_STEP, _ROWS), "b": (_STEP, COLUMNS)}
+    both = len(drhs_heights(K)) == 2
+    # a lower tile's stage lies in the same memory as a tall one's, in rows of its own width
+    rows = ((_STEP, _TALL), (_STEP * _TALL // _ROWS, _ROWS)) if both else (_STEP, *drhs_heights(K))
+    stage = {"a": rows, "b": (_STEP, COLUMNS)}
     kernel = hopper.launch("grouped_matmul_drhs", functools.partial(_drhs_kernel, t), t, out, stage, lhs.dtype)
     order = metadata.by_size if len(parts) == 1 else None
     if order is None:
@@ -102,8 +104,7 @@ def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a,
     columns = pl.cdiv(N, 2 * COLUMNS)
     # few rows are all that is loaded; a product reads 64 for them, and what it makes of the others is not stored
     box = hopper.box(lhs.shape[0], E)
-    turns, whole = hopper.in_halves(count[0] * columns, tiles.shape[0] * columns, N, t)
-    info = hopper.walk_rows(tiles, columns, whole)
+    heights, plan = hopper.walk_rows(t, count, tiles, a.shape[1], E, columns, N)
 
     def stage(slot, width):
         """Of weights, as they lie in rhs."""
@@ -112,53 +113,86 @@ def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a,
         return b[0].at[slot] if width == COLUMNS else b[1].at[slot, 0]
 
     def load(tile, k, slot, barrier):
-        group, row, _, stop, column, half = tile
+        group, row, _, stop, column, _ = tile
         step = pl.ds(k * _STEP, _STEP)
-        hopper.load_rows(lhs, row * 8, step, box, stop, a.at[slot], barrier)
+        hopper.load_rows(lhs, row * 8, step, stop, tile, heights, box, a.at[slot], barrier)
 
         def weights(first, width):
             at = (pl.ds(first, width), step) if transpose_rhs else (step, pl.ds(first, width))
             plgpu.copy_gmem_to_smem(rhs.at[group, *at], stage(slot, width), barrier)
 
-        hopper.place_columns(column, half, N, weights)
+        hopper.place_columns(column, hopper.half_of(tile, heights), N, weights)
 
     def compute(wg, tile, accumulate):
-        _, row, start, stop, column, half = tile
+        _, row, start, stop, column, _ = tile
 
-        def multiply(first, width):
+        def multiply(first, width, rows):
             def operands(_, slot):
                 weights = stage(slot, width)
-                return ((a.at[slot], weights.transpose((1, 0)) if transpose_rhs else weights),)
+                return ((a.at[slot, pl.ds(0, rows)], weights.transpose((1, 0)) if transpose_rhs else weights),)
 
             def store(acc):
                 hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *staging[wg])
 
-            accumulate(operands, store, ((a.shape[1], width),))
+            accumulate(operands, store, ((rows, width),))
 
-        hopper.place_columns(column, half, N, multiply)
+        def of(height):
+            body = functools.partial(multiply, rows=height)
+            hopper.place_columns(column, hopper.half_of(tile, heights), N, body)
+
+        hopper.by_height(tile, heights, of)
 
     steps = lambda tile: jnp.where(tile[0] < E, depth, 0)  # noqa: E731
-    hopper.pipeline(t, turns, info, steps, load, compute, ready, free)
+    hopper.pipeline(t, plan, steps, load, compute, ready, free)
 
 
 def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
     *operands, out = refs
     parts = [operands[i : i + 4] for i in range(0, len(operands), 4)]  # starts, ends, lhs, grad
     E, K, N = out.shape
-    columns, down = pl.cdiv(N, 2 * COLUMNS), pl.cdiv(K, _ROWS)
-    sweep = max(size for size in range(1, min(schedule.WIDTH, down) + 1) if down % size == 0)
+    columns, heights = pl.cdiv(N, 2 * COLUMNS), drhs_heights(K)
+    high, low = schedule.heights(pl.cdiv(K, 64))
+    sweeps = max(pl.cdiv(high, schedule.TALL_WIDTH), 1)
+    sweep = max(pl.cdiv(high, sweeps), 1)
 
-    def info(lin):
-        """Of a tile: group, tile and column, and of every part its first row / 8, first row and last + 1."""
-        nth = jnp.minimum(lax.div(lin, jnp.int32(columns * down)), E - 1)
-        group, within = by_size[nth], lin - nth * (columns * down)
-        first = lax.div(within, jnp.int32(sweep * columns)) * sweep
-        tile, column = schedule.place(within, first, jnp.int32(sweep), columns)
+    def place(lin, each, sweep):
+        """Of a list with `each` tiles a group: which group, which sweep of it, tile and column."""
+        nth = jnp.minimum(lax.div(lin, jnp.int32(each * columns)), E - 1)
+        within = lin - nth * (each * columns)
+        of = lax.div(within, jnp.int32(sweep * columns))
+        return nth, of, *schedule.place(within, of * sweep, jnp.clip(each - of * sweep, 1, sweep), columns)
+
+    def tall(lin):
+        nth, of, tile, column = place(lin, high, sweep)
+        return (nth * sweeps + of) * columns + column, (nth, tile * (_TALL // 64), column)
+
+    def flat(lin):
+        nth, _, tile, column = place(lin, low, low)
+        first = (high * _TALL + tile * _ROWS) // 64
+        return (nth * sweeps + sweeps - 1) * columns + column, (nth, first, column)
+
+    def info(nth, first, column):
+        """Of a tile: group, first row of K / 64 and column, and of every part its first row / 8, first row and last
+        + 1."""
+        group = by_size[nth]
         rows = [(lax.div(starts[group], jnp.int32(8)), starts[group], ends[group]) for starts, ends, *_ in parts]
-        return group, tile, column, *(number for part in rows for number in part)
+        return group, first, column, *(number for part in rows for number in part)
+
+    def plan():
+        turn = schedule.back_and_forth
+        lists = [(E * columns * each, head) for each, head in ((high, tall), (low, flat)) if each]
+        if len(lists) == 2:
+            return hopper.dealt_both(t, *lists, info, turn)
+        ((count, head),) = lists
+        return hopper.dealt(t, count, lambda lin: (*info(*head(lin)[1]), jnp.int32(0)), turn)
+
+    def left(slot, height):
+        if len(heights) == 1:
+            return a.at[slot]
+        return a[0].at[slot] if height == _TALL else a[1].at[slot, pl.ds(0, _STEP)]
 
     def rows_of(tile):
-        return [tile[i : i + 3] for i in range(3, len(tile), 3)]
+        return [tile[i : i + 3] for i in range(3, len(tile) - 1, 3)]
 
     def steps_of(eighth, start, end):
         return jnp.where(end > start, lax.div(end - eighth * 8 + (_STEP - 1), jnp.int32(_STEP)), 0)
@@ -167,12 +201,16 @@ def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
         return sum(steps_of(*rows) for rows in rows_of(tile))
 
     def load(tile, k, slot, barrier):
-        _, down, column, *_ = tile
+        _, first, column, *_ = tile
 
         def take(eighth, k, lhs, grad):
             rows = pl.ds((eighth + k * 8) * 8, _STEP)
-            target = a.at[slot]
-            plgpu.copy_gmem_to_smem(lhs.at[rows, pl.ds(down * _ROWS, _ROWS)], target, barrier, collective_axes="pair")
+
+            def of(height):
+                source, target = lhs.at[rows, pl.ds(first * 64, height)], left(slot, height)
+                plgpu.copy_gmem_to_smem(source, target, barrier, collective_axes="pair")
+
+            hopper.by_height(tile, heights, of)
             plgpu.copy_gmem_to_smem(grad.at[rows, pl.ds(hopper.first_column(column), COLUMNS)], b.at[slot], barrier)
 
         before = jnp.int32(0)
@@ -187,7 +225,7 @@ def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
             before += count
 
     def compute(wg, tile, accumulate):
-        group, down, column, *_ = tile
+        group, first, column, *_ = tile
 
         def stage_rows(k):
             """Where the k-th stage begins, and the first and last + 1 of its part's rows."""
@@ -200,41 +238,59 @@ def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
                 before += steps_of(eighth, first, last)
             return row, start, end
 
-        def factors(k, slot):
+        def factors(k, slot, height):
             row, start, end = stage_rows(k)
+            rows = left(slot, height)
 
             def mask():
-                _keep_rows((a.at[slot], b.at[slot]), start - row, end - row)
+                _keep_rows((rows, b.at[slot]), start - row, end - row)
                 plgpu.commit_smem()
 
             pl.when((row < start) | (row + _STEP > end))(mask)
-            return ((a.at[slot].transpose((1, 0)), b.at[slot]),)
+            return ((rows.transpose((1, 0)), b.at[slot]),)
 
         def store(acc):
-            for r in range(0, _ROWS, 64):
-                at = down * _ROWS + r, hopper.first_column(column)
+            for r in range(0, acc.shape[0], 64):
+                at = first * 64 + r, hopper.first_column(column)
                 hopper.store_whole(acc[r : r + 64].astype(out.dtype), out.at[group], at, staging[wg][0], r)
 
-        accumulate(factors, store)
+        def of(height):
+            accumulate(functools.partial(factors, height=height), store, ((height, COLUMNS),))
 
-    tiles, turn = E * columns * down, schedule.back_and_forth
-    hopper.pipeline(t, tiles, info, steps, load, compute, ready, free, turn=turn)
+        hopper.by_height(tile, heights, of)
+
+    hopper.pipeline(t, plan(), steps, load, compute, ready, free)
+
+
+def drhs_heights(K: int) -> tuple[int, ...]:
+    """Of a weight gradient's tiles, the tallest first."""
+    return tuple(rows for rows, count in zip((_TALL, _ROWS), schedule.heights(pl.cdiv(K, 64)), strict=True) if count)
 
 
 def _keep_rows(refs, start, stop):
-    """Zeros in the other rows of (64, 128) stages; start is below _MASKED, since a group's first stage begins with it.
+    """Zeros in the other rows of stages (64, 128) or (64, 192); start is below 8, since a group's first stage begins
+    with it.
 
     Only the rows around an end are read; the threads' accesses are of 16 bytes.
     """
-    shape = (_MASKED, refs[0].shape[1])
+    # four pieces of 8 × 64 are what a layout of 16 bytes a thread fills
+    _keep_rows_of([ref.at[:, pl.ds(0, 128)] for ref in refs], (16, 128), start, stop)
+    narrow = [ref.at[:, pl.ds(128, 64)] for ref in refs if ref.shape[1] == _TALL]
+    if narrow:
+        _keep_rows_of(narrow, (32, 64), start, stop)
+
+
+def _keep_rows_of(refs, shape, start, stop):
+    """`_keep_rows`, so many rows at once."""
+    rows = shape[0]
     layout = plgpu.Layout.SMEM_GMEM_COPY(shape, refs[0].dtype, 128)
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
 
     def part(i):
-        return [ref.at[pl.ds(i * _MASKED, _MASKED)] for ref in refs]
+        return [ref.at[pl.ds(i * rows, rows)] for ref in refs]
 
     def mask(i):
-        inside = (row >= start - i * _MASKED) & (row < stop - i * _MASKED)
+        inside = (row >= start - i * rows) & (row < stop - i * rows)
         values = [plgpu.load(ref, layout=layout) for ref in part(i)]
         for ref, value in zip(part(i), values, strict=True):
             ref[...] = jnp.where(inside, value, jnp.zeros_like(value))
@@ -244,9 +300,9 @@ def _keep_rows(refs, start, stop):
             ref[...] = plgpu.layout_cast(jnp.zeros(shape, ref.dtype), layout)
 
     def tail():
-        last = lax.div(stop, jnp.int32(_MASKED))
+        last = lax.div(stop, jnp.int32(rows))
         mask(last)
-        lax.fori_loop(last + 1, _STEP // _MASKED, clear, None)
+        lax.fori_loop(last + 1, _STEP // rows, clear, None)
 
     pl.when(start > 0)(lambda: mask(0))
     pl.when(stop < _STEP)(tail)

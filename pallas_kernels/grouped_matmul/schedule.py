@@ -1,8 +1,8 @@
 """Which row tiles a grouped product has, and in which order a kernel takes them: a few small XLA operations.
 
-A tile is 128 rows (fewer where groups have few) that start at a multiple of 8, as the copy engine wants them; a group's
-tiles start at the last such multiple before the group's own first row, so only its first and last tile hold rows of
-others.
+A tile is 192 or 128 rows (fewer where groups have few) that start at a multiple of 8, as the copy engine wants them; a
+group's tiles start at the last such multiple before the group's own first row, so only its first and last tile hold
+rows of others. Groups of many rows are made of both heights, so that a group's last tile ends within 64 rows of it.
 """
 
 import jax
@@ -10,46 +10,79 @@ import jax.numpy as jnp
 from jax import lax
 
 ROWS = 128
+TALL = 192
 WIDTH = 16  # row tiles in a sweep: their rows stay in the cache while the columns pass
+TALL_WIDTH = 10  # the same of tall ones
 _ALIGN = 8
 
 
 def tile_rows(M: int, E: int) -> int:
-    """Rows in a tile, where M rows fall on E groups: few where weights are what is moved, and rows beside them cost."""
-    return 32 if M <= 8 * E else 64 if M <= 24 * E else ROWS
+    """Rows in a tile, where M rows fall on E groups: few where weights are what is moved, and rows beside them cost;
+    TALL, with tiles of ROWS among them, where groups have many."""
+    return 32 if M <= 8 * E else 64 if M <= 24 * E else ROWS if M <= TALL * E else TALL
+
+
+def heights(units, least=min):
+    """(high, low): how many tiles of 192 and of 128 hold `units` of 64, an int, or i32 by jnp.minimum; they are full,
+    but that one unit has a low tile of its own."""
+    low = least(-units % 3, units)
+    return (units - 2 * low + 1) // 3, low
+
+
+def most_low(E: int) -> int:
+    """How many tiles of ROWS there can be beside tall ones: the last so many of the table."""
+    return 2 * (E + 1)
 
 
 def row_tiles(starts: jax.Array, ends: jax.Array, M: int, tail: bool = True) -> tuple[jax.Array, jax.Array]:
-    """How many row tiles there are, (1,) i32, and the tiles, (T, 6) i32, T a bound known beforehand.
+    """How many row tiles there are, (1,) i32, and the tiles, (T, 7) i32, T a bound known beforehand.
 
-    The columns: group (E: rows past the sum, which are to become zeros), first row / 8, the first and the last + 1 of
-    the tile's rows that are the group's, and the sweep that the tile belongs to: its first tile and how many there are.
-    A sweep is at most WIDTH tiles of one group. starts, ends (E,) i32: the groups' rows. Without `tail` rows past the
-    sum have no tiles.
+    Where `tile_rows` is TALL there are two lists, one of 192 rows a tile and behind it one of 128, `most_low`: counts
+    (2,). The columns: group (E: rows past the sum, which are to become zeros), first row / 8, the first and the last
+    + 1 of the tile's rows that are the group's, the sweep that the tile belongs to: its first tile within the list and
+    how many of the list there are, and its place among all sweeps. A sweep is tiles of one group, at most WIDTH, or
+    TALL_WIDTH tall ones with the group's low ones in the last. starts, ends (E,) i32: the groups' rows. Without `tail`
+    rows past the sum have no tiles.
     """
     E = ends.shape[0]
     rows = tile_rows(M, E)
     starts = jnp.append(starts, ends[-1])
     ends = jnp.append(ends, jnp.int32(M) if tail else ends[-1])
-    aligned = starts // _ALIGN * _ALIGN
-    count = jnp.where(ends > starts, -(-(ends - aligned) // rows), 0)
-    stop = jnp.cumsum(count, dtype=jnp.int32)
+    first = starts // _ALIGN * _ALIGN
+    needed = jnp.where(ends > starts, ends - first, 0)
+    if rows < TALL:
+        most = (M + (rows + _ALIGN - 2) * (E + 1)) // rows + 1
+        return _tiles(starts, ends, first, -(-needed // rows), rows, most, WIDTH)
+    high, low = heights(-(-needed // 64), jnp.minimum)
+    sweeps = jnp.maximum(-(-high // TALL_WIDTH), 1)
+    before = jnp.cumsum(sweeps, dtype=jnp.int32) - sweeps
+    most = (M + (63 + _ALIGN - 1) * (E + 1)) // TALL
+    lists = (
+        _tiles(starts, ends, first, high, TALL, most, TALL_WIDTH, before),
+        _tiles(starts, ends, first + TALL * high, low, ROWS, most_low(E), WIDTH, before + sweeps - 1),
+    )
+    return tuple(jnp.concatenate(of_both) for of_both in zip(*lists, strict=True))
 
-    tile = jnp.arange((M + (rows + _ALIGN - 2) * (E + 1)) // rows + 1, dtype=jnp.int32)
+
+def _tiles(starts, ends, first, count, rows: int, most: int, width: int, order=0):
+    """A list of `row_tiles`: of every group `count` tiles of `rows` from row `first` on; order: its first sweep's."""
+    stop = jnp.cumsum(count, dtype=jnp.int32)
+    tile = jnp.arange(most, dtype=jnp.int32)
     group = jnp.sum(stop[None, :] <= tile[:, None], axis=1, dtype=jnp.int32)  # no searchsorted: it fails in shard_map
-    per_group = jnp.stack([starts, ends, aligned, count, stop - count], axis=1)
-    start, end, first_row, tiles, begin = per_group[jnp.minimum(group, E)].T
-    row = first_row + (tile - begin) * rows
-    sweeps = jnp.maximum(-(-tiles // WIDTH), 1)
+    per_group = jnp.stack([starts, ends, first, count, stop - count, jnp.broadcast_to(order, count.shape)], axis=1)
+    start, end, row, tiles, begin, order = per_group[jnp.minimum(group, len(count) - 1)].T
+    row += (tile - begin) * rows
+    sweeps = jnp.maximum(-(-tiles // width), 1)
     size = jnp.maximum(-(-tiles // sweeps), 1)
-    sweep = (tile - begin) // size * size
+    nth = (tile - begin) // size
     columns = [
         group,
         row // _ALIGN,
         jnp.maximum(start - row, 0),
         jnp.minimum(end - row, rows),
-        begin + sweep,
-        jnp.maximum(jnp.minimum(size, tiles - sweep), 1),
+        begin + nth * size,
+        jnp.maximum(jnp.minimum(size, tiles - nth * size), 1),
+        order + nth,
     ]
     return stop[-1:], jnp.stack(columns, axis=1)
 

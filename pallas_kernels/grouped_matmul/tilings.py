@@ -14,7 +14,7 @@ from pallas_kernels.grouped_matmul import schedule
 from pallas_kernels.grouped_matmul.hopper import Tiling
 
 FILE = Path(__file__).with_suffix(".json")
-BUCKETS = {"forward": ("few rows", "short sums", "long sums"), "drhs": ("short sums", "long sums")}
+BUCKETS = {"forward": ("few rows", "short sums", "long sums", "many rows"), "drhs": ("short sums", "long sums")}
 _MEASURED = "NVIDIA H200"  # whose tilings a chip takes that has none of its own
 _SHORT = 1024  # terms
 
@@ -23,6 +23,8 @@ def bucket(op: str, rows: int, depth: int) -> str:
     """Of BUCKETS[op]. rows: of a row tile (`schedule.tile_rows`); depth: terms of a sum, K or a mean group's rows."""
     if op == "forward" and rows < schedule.ROWS:
         return "few rows"
+    if op == "forward" and rows == schedule.TALL:
+        return "many rows"
     return "short sums" if depth <= _SHORT else "long sums"
 
 

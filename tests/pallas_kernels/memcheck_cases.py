@@ -18,6 +18,7 @@ T, K, D, F = 45, 3, 192, 320
 WIDTH = 384  # of rows that are moved: in multiples of 128
 SIZES = (70, 0, 3, 60)  # of 135 rows, two of which are nobody's
 M, E = T * K, len(SIZES)
+TALL, TALL_M = (70, 0, 203, 560), 837  # more than 192 rows a group: tiles of 192 and 128
 
 
 def normal(*shape):
@@ -29,13 +30,13 @@ def with_gradients(function, *args):
     return out, pull(out)
 
 
-def products(sizes, transposed):
+def products(sizes, transposed, M=M):
     run = functools.partial(grouped_matmul, transpose_rhs=transposed, implementation="mosaic_gpu")
     rhs = normal(E, F, D) if transposed else normal(E, D, F)
     return with_gradients(lambda lhs, rhs: run(lhs, rhs, sizes), normal(M, D), rhs)
 
 
-def gated(sizes, hidden, tail):
+def gated(sizes, hidden, tail, M=M):
     metadata = group_metadata(sizes, M, tail=tail)
     run = functools.partial(gated_ffn, metadata=metadata, implementation="mosaic_gpu")
     weights = normal(E, D, hidden), normal(E, D, hidden), normal(E, hidden, D)
@@ -68,12 +69,14 @@ def exchanged(places, source, starts, stops):
 def cases():
     rng = np.random.default_rng(0)
     sizes, slot = jnp.asarray(SIZES, jnp.int32), jnp.asarray(rng.permutation(M).reshape(T, K), jnp.int32)
-    tokens = jnp.arange(T, dtype=jnp.int32)
+    tokens, tall = jnp.arange(T, dtype=jnp.int32), jnp.asarray(TALL, jnp.int32)
     return {
         "grouped_matmul": (functools.partial(products, transposed=False), sizes),
         "grouped_matmul, transposed": (functools.partial(products, transposed=True), sizes),
         "gated_ffn": (functools.partial(gated, hidden=F, tail=True), sizes),
         "gated_ffn, no tail": (functools.partial(gated, hidden=WIDTH, tail=False), sizes),
+        "grouped_matmul, tall tiles": (functools.partial(products, transposed=False, M=TALL_M), tall),
+        "gated_ffn, tall tiles": (functools.partial(gated, hidden=F, tail=True, M=TALL_M), tall),
         "combine": (moved, slot),
         "few_rows": (few, jnp.array([0, 2, 3, 3], jnp.int32)),
         "remote_exchange": (exchanged, tokens[:, None], tokens, jnp.array([0], jnp.int32), jnp.array([T], jnp.int32)),

@@ -102,13 +102,15 @@ def interpreted(function, capfd):
     return result
 
 
-# 70 | 0 | 51, then 7 rows of nobody: halves of a tile full, partly full and empty; F = 64: half of a tile's columns
+# 70 | 0 | 51, then 7 rows of nobody: halves of a tile full, partly full and empty; F = 64: half of a tile's columns;
+# 600 rows: tiles of 192 and of 128
 @pytest.mark.parametrize(
     "sizes, M, F, keep, activation, scaled",
     [
         ((70, 0, 51), 128, 128, True, "silu", True),
         ((3, 5, 60), 70, 64, False, "gelu", False),
         ((0, 99, 0), 99, 64, False, "relu", True),
+        ((70, 0, 510), 600, 64, True, "silu", True),
     ],
 )
 def test_hidden_interpreted(sizes, M, F, keep, activation, scaled, capfd):
@@ -130,16 +132,19 @@ def test_hidden_interpreted(sizes, M, F, keep, activation, scaled, capfd):
     assert all((np.asarray(x[sum(sizes) :].astype(jnp.float32)) == 0).all() for x in got)
 
 
-@pytest.mark.parametrize("sizes, D, blocks", [((70, 0, 51), 128, 2), ((70, 10, 48), 256, 4)])  # the last in halves
-def test_dlhs_interpreted(sizes, D, blocks, capfd):
+# the second in halves, the third with tiles of 192 and of 128 rows
+@pytest.mark.parametrize(
+    "sizes, M, D, blocks", [((70, 0, 51), 128, 128, 2), ((70, 10, 48), 128, 256, 4), ((70, 0, 510), 600, 128, 2)]
+)
+def test_dlhs_interpreted(sizes, M, D, blocks, capfd):
     rng = np.random.default_rng(0)
-    first, second = (jnp.asarray(rng.normal(size=(128, 64)), jnp.bfloat16) for _ in range(2))
-    _, gate, up, *_ = operands(sizes, 128, D, 64)
-    metadata = group_metadata(jnp.array(sizes, jnp.int32), 128)
-    tiles = Tiling(stages=5, pieces=4, blocks=blocks)
+    first, second = (jnp.asarray(rng.normal(size=(M, 64)), jnp.bfloat16) for _ in range(2))
+    _, gate, up, *_ = operands(sizes, M, D, 64)
+    metadata = group_metadata(jnp.array(sizes, jnp.int32), M)
+    tiles = Tiling(stages=4, pieces=4, blocks=blocks)
     got = interpreted(lambda: mosaic_gpu.dlhs((first, second), (gate, up), metadata, tiles), capfd)
     real = [np.asarray(w.astype(jnp.float32), np.float64) for w in (first, second, gate, up)]
-    want = np.zeros((128, D))
+    want = np.zeros((M, D))
     for i, g in enumerate(np.repeat(np.arange(3), sizes)):
         want[i] = real[0][i] @ real[2][g].T + real[1][i] @ real[3][g].T
     assert_close([got], [want], 3e-3)
@@ -278,7 +283,13 @@ def test_bad_input():
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 @pytest.mark.parametrize(
     "M, E, D, F, tail",
-    [(1000, 12, 192, 320, True), (2048, 4, 1024, 704, True), (6, 8, 256, 128, True), (1000, 12, 192, 384, False)],
+    [
+        (1000, 12, 192, 320, True),
+        (2048, 4, 1024, 704, True),
+        (6, 8, 256, 128, True),
+        (1000, 12, 192, 384, False),
+        (3001, 12, 192, 384, False),
+    ],
 )
 def test_on_a_gpu(M, E, D, F, tail, activation):
     """Against float64, against the plain products' error, and bit-equal in three runs."""

@@ -18,6 +18,8 @@ KERNELS = {
     "grouped_matmul, transposed": ("grouped_matmul", "grouped_matmul_drhs"),
     "gated_ffn": ("gated_ffn_hidden", "gated_ffn_dlhs", "grouped_matmul", "grouped_matmul_drhs"),
     "gated_ffn, no tail": ("gated_ffn_hidden", "gated_ffn_gradients", "gated_ffn_dlhs"),
+    "grouped_matmul, tall tiles": ("grouped_matmul", "grouped_matmul_drhs"),
+    "gated_ffn, tall tiles": ("gated_ffn_hidden", "gated_ffn_dlhs", "grouped_matmul", "grouped_matmul_drhs"),
     "combine": ("spread_rows", "combine_rows", "combine_rows_gradients"),
     "few_rows": ("few_rows_products",),
     "remote_exchange": ("send_rows", "collect_rows"),

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, mosaic_gpu, schedule, tilings
+from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul, hopper, mosaic_gpu, schedule, tilings
 from pallas_kernels.grouped_matmul.hopper import Tiling
 
 # the interpreter multiplies poisoned rows in numpy, which says so
@@ -140,8 +140,30 @@ def test_few_rows_make_small_tiles(capfd):
 
 
 def test_tile_rows_by_hand():
-    # 16 rows for 8 experts: 2 each; 512 for 32: 16 each; 2048 for 64: 32 each
-    assert [schedule.tile_rows(*case) for case in ((16, 8), (512, 32), (2048, 64))] == [32, 64, 128]
+    # 16 rows for 8 experts: 2 each; 512 for 32: 16 each; 2048 for 64: 32 each; 2048 for 8: 256 each
+    assert [schedule.tile_rows(*case) for case in ((16, 8), (512, 32), (2048, 64), (2048, 8))] == [32, 64, 128, 192]
+
+
+def test_heights_by_hand():
+    # 64s in tiles of three and of two; a single one has a tile of two
+    units = [0, 1, 2, 3, 4, 5, 6, 7, 12, 22]
+    want = [(0, 0), (0, 1), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0), (1, 2), (4, 0), (6, 2)]
+    assert [schedule.heights(n) for n in units] == want
+    high, low = schedule.heights(jnp.array(units), jnp.minimum)
+    np.testing.assert_array_equal(np.stack([high, low], 1), want)
+
+
+def test_tall_row_tiles_by_hand():
+    # rows 0-129: three 64s; none; 130-629: eight, from row 128 on; 630-639, nobody's: one from 624 on
+    sizes = jnp.array([130, 0, 500], jnp.int32)
+    ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    counts, tiles = schedule.row_tiles(ends - sizes, ends, 640)
+    np.testing.assert_array_equal(counts, [3, 2])
+    np.testing.assert_array_equal(
+        tiles[:3], [[0, 0, 0, 130, 0, 1, 0], [2, 16, 2, 192, 1, 2, 2], [2, 40, 0, 192, 1, 2, 2]]
+    )
+    low = tiles[-schedule.most_low(3) :]
+    np.testing.assert_array_equal(low[:2], [[2, 64, 0, 118, 0, 1, 2], [3, 78, 6, 16, 1, 1, 3]])
 
 
 def test_an_infinity_stays_in_its_group(capfd):
@@ -191,27 +213,73 @@ def test_row_tiles_by_hand():
     assert count == 5
     np.testing.assert_array_equal(
         tiles[:5],
-        [[0, 0, 0, 128, 0, 2], [0, 16, 0, 2, 0, 2], [2, 16, 2, 128, 2, 2], [2, 32, 0, 44, 2, 2], [3, 37, 4, 24, 4, 1]],
+        [
+            [0, 0, 0, 128, 0, 2, 0],
+            [0, 16, 0, 2, 0, 2, 0],
+            [2, 16, 2, 128, 2, 2, 0],
+            [2, 32, 0, 44, 2, 2, 0],
+            [3, 37, 4, 24, 4, 1, 0],
+        ],
     )
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_row_tiles_cover_every_row_once(seed):
+def lists_of(counts, tiles, E):
+    """The lists that row_tiles gives: one, or the tall ones and the low ones."""
+    tiles = np.asarray(tiles)
+    starts = (0, len(tiles) - schedule.most_low(E))[: len(counts)]
+    ends = (starts[1] if len(counts) == 2 else len(tiles), len(tiles))
+    for count, start, end in zip(counts, starts, ends, strict=False):
+        assert count <= end - start
+    return [tiles[start : start + int(count)] for start, count in zip(starts, counts, strict=True)]
+
+
+def drawn(seed, E=9):
+    """Sizes of E groups, and M: of few rows, whose tiles are of 64 or 32, of some, or of many."""
     rng = np.random.default_rng(seed)
-    M = int(rng.integers(1, 5000 if seed % 2 else 200))  # 200 rows of 9 groups make tiles of 64 rows or 32
-    sizes = rng.multinomial(rng.integers(0, M + 1), rng.dirichlet(np.full(9, 0.3))).astype(np.int32)
+    M = int(rng.integers(*((1, 200), (200, 192 * E), (192 * E + 1, 9000))[seed % 3]))
+    return rng.multinomial(rng.integers(0, M + 1), rng.dirichlet(np.full(E, 0.3))).astype(np.int32), M
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_row_tiles_cover_every_row_once(seed):
+    sizes, M = drawn(seed)
     ends = np.cumsum(sizes)
-    count, tiles = schedule.row_tiles(jnp.asarray(ends - sizes, jnp.int32), jnp.asarray(ends, jnp.int32), M)
-    assert count <= tiles.shape[0]
+    counts, tiles = schedule.row_tiles(jnp.asarray(ends - sizes, jnp.int32), jnp.asarray(ends, jnp.int32), M)
+    assert len(counts) == (2 if M > 192 * 9 else 1)
     owner = np.full(M, -1)
-    for group, eighth, start, stop, sweep, size in np.asarray(tiles)[: int(count[0])]:
-        assert 0 <= start < stop <= schedule.ROWS
-        rows = slice(eighth * 8 + start, eighth * 8 + stop)
-        assert (owner[rows] == -1).all()
-        owner[rows] = group
-        assert 1 <= size <= schedule.WIDTH
-        assert set(np.asarray(tiles)[sweep : sweep + size, 0]) == {group}
+    for one in lists_of(counts, tiles, 9):
+        for group, eighth, start, stop, sweep, size, _ in one:
+            assert 0 <= start < stop <= schedule.TALL
+            rows = slice(eighth * 8 + start, eighth * 8 + stop)
+            assert (owner[rows] == -1).all()
+            owner[rows] = group
+            assert 1 <= size <= schedule.WIDTH
+            assert set(one[sweep : sweep + size, 0]) == {group}
     np.testing.assert_array_equal(owner, np.repeat(np.arange(10), [*sizes, M - sizes.sum()]))
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 5])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_tall_and_low_tiles_are_dealt_evenly_and_in_order(clusters, columns, monkeypatch):
+    """Every tile and column once; no two clusters are more than a tall and a low one apart; groups in their order."""
+    sizes, M = drawn(5)
+    ends = np.cumsum(sizes)
+    counts, tiles = schedule.row_tiles(jnp.asarray(ends - sizes, jnp.int32), jnp.asarray(ends, jnp.int32), M)
+    taken, loads = [], []
+    for cluster in range(clusters):
+        monkeypatch.setattr(hopper.lax, "axis_index", lambda _, cluster=cluster: jnp.int32(cluster))
+        tiling = Tiling(4, 4, blocks=2 * clusters)
+        heights, (mine, state, take) = hopper.walk_rows(tiling, counts, tiles, 192, 9, columns)
+        assert heights == (192, 128)
+        ours = []
+        for _ in range(int(mine)):
+            tile, state = take(state)
+            ours.append(tuple(map(int, tile)))
+        assert [tile[0] for tile in ours] == sorted(tile[0] for tile in ours)
+        loads.append(sum(3 if tile[-1] else 2 for tile in ours))
+        taken += ours
+    assert len(set(taken)) == len(taken) == int(counts.sum()) * columns
+    assert max(loads) - min(loads) <= 3
 
 
 @pytest.mark.parametrize("turn", [schedule.round_robin, schedule.back_and_forth])
@@ -264,13 +332,40 @@ def test_a_last_round_in_halves(transpose_rhs, capfd):
     assert_close(out, exact(lhs, rhs, grad, sizes)[0])
 
 
+@pytest.mark.parametrize("transpose_rhs", [False, True])
+def test_tall_tiles(transpose_rhs, capfd):
+    """Two clusters; of the first group one tile of 128, of the second two of 192, of nobody's 8 rows one of 128. The
+    last pair of 384 columns is 64 of each block. See test_a_last_round_in_halves about races."""
+    sizes = np.array([70, 330], np.int32)
+    lhs, rhs, grad = operands(sizes, 408, 64, 384)
+    metadata = group_metadata(jnp.asarray(sizes), 408)
+    weights = jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs
+    args = lhs, weights, jnp.asarray(sizes), metadata, transpose_rhs, jnp.bfloat16, Tiling(4, 4, blocks=4)
+    out = interpreted(lambda: mosaic_gpu.forward(*args), capfd, detect_races=transpose_rhs)
+    assert_close(out, exact(lhs, rhs, grad, sizes)[0])
+    assert not np.any(np.asarray(out)[400:])
+
+
+@pytest.mark.parametrize("K", [192, 320])
+def test_a_weight_gradient_in_tall_tiles(K, capfd):
+    """192 rows of K and, at 320, 128 more, whose stage is another view of the same memory: see the races above."""
+    sizes = np.array([51, 0, 130], np.int32)
+    lhs, rhs, grad = operands(sizes, 208, K, 128)
+    metadata = group_metadata(jnp.asarray(sizes), 208)
+    args = lhs, grad, jnp.asarray(sizes), metadata, jnp.bfloat16, Tiling(5, 1, blocks=4)
+    out = interpreted(lambda: mosaic_gpu.drhs(*args), capfd, detect_races=K == 192)
+    assert_close(out, exact(lhs, rhs, grad, sizes)[2])
+    assert not np.any(np.asarray(out)[1])
+
+
 def test_by_size():
     starts, ends = jnp.array([0, 3, 3, 9]), jnp.array([3, 3, 9, 12])
     np.testing.assert_array_equal(schedule.by_size(starts, ends), [2, 0, 3, 1])
 
 
 def test_place_takes_every_tile_once():
-    count, tiles = schedule.row_tiles(jnp.array([0, 2500]), jnp.array([2500, 2600]), 2600)
+    ends = jnp.array([2500] + 13 * [2600], jnp.int32)  # 14 groups: few enough rows for tiles of one height
+    count, tiles = schedule.row_tiles(jnp.append(0, ends[:-1]).astype(jnp.int32), ends, 2600)
     lin = jnp.arange(int(count[0]) * 3)
     first, size = tiles[lin // 3, 4], tiles[lin // 3, 5]
     tile, column = schedule.place(lin, first, size, 3)
@@ -340,9 +435,11 @@ def _value_and_gradients(lhs, rhs, grad, sizes, transpose_rhs=False):
 
 
 @pytest.mark.gpu
-def test_random_sizes_on_a_gpu():
-    """200 draws at one compiled shape: values and both gradients, bit-equal in three runs."""
-    M, E, K, N = 1000, 12, 192, 320
+@pytest.mark.parametrize("M", [1000, 3000])
+def test_random_sizes_on_a_gpu(M):
+    """200 draws at one compiled shape, tiles of 128 rows or also 192: values and both gradients, bit-equal in three
+    runs."""
+    E, K, N = 12, 192, 320
     rng = np.random.default_rng(0)
     for draw in range(200):
         total = M if draw % 2 else int(rng.integers(0, M + 1))
