@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import block_ops, shapes
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, group_metadata, grouped_matmul, named, pick
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, group_metadata, grouped_matmul, named, pick, schedule
 from pallas_kernels.peers import jax_products
 from pallas_kernels.timing import rounds
 
@@ -208,8 +208,17 @@ def report(case, times, copied: float) -> dict:
                 "of_dense": flops / one[0] * times["dense", "jax"][0] / us,
             }
         )
-    tiles = sum(-(-size // 128) for size in case["sizes"])
-    return {**case, "real_rows": M / (128 * max(tiles, 1)), "megabytes": one[1] / 1e6, "rates": rates}
+    return {**case, "real_rows": real_share(case["sizes"]), "megabytes": one[1] / 1e6, "rates": rates}
+
+
+def real_share(sizes: list[int]) -> float:
+    """Of the rows in the Hopper kernels' row tiles for groups of these sizes: the share that is a group's own."""
+    ends = np.cumsum(sizes, dtype=np.int32)
+    M, E = int(ends[-1]), len(ends)
+    counts, _ = schedule.row_tiles(jnp.asarray(ends - np.array(sizes, np.int32)), jnp.asarray(ends), M, tail=False)
+    rows = schedule.tile_rows(M, E)
+    heights = (rows, schedule.ROWS) if rows == schedule.TALL else (rows,)
+    return M / max(sum(int(n) * height for n, height in zip(counts, heights, strict=True)), 1)
 
 
 def show(result) -> None:

@@ -79,7 +79,7 @@ def hidden(activation, rows, gate, up, metadata: GroupMetadata, keep: bool, scal
 
 
 def _hidden_kernel(
-    t: Tiling, activation, outputs, scaled, count, tiles, rows, gate, up, *refs, a, b, c, staging, ready, free
+    t: Tiling, activation, outputs, scaled, count, tiles, rows, gate, up, *refs, a, b, c, staging, plain, ready, free
 ):
     scales, outs = refs[:scaled], refs[scaled : scaled + outputs]
     E, depth = gate.shape[0], rows.shape[1] // _STEP
@@ -107,20 +107,20 @@ def _hidden_kernel(
             turned = a.at[slot, pl.ds(0, height)].transpose((1, 0))
             return (b.at[slot].transpose((1, 0)), turned), (c.at[slot].transpose((1, 0)), turned)
 
-        def store(gated, plain):
+        def store(gated, other):
             for r in range(0, height, 64):  # a piece at a time: registers hold the sums and little more
-                piece(r, gated[:, r : r + 64], plain[:, r : r + 64])
+                piece(r, gated[:, r : r + 64], other[:, r : r + 64])
 
-        def piece(r, gated, plain):
-            at, whole = (row * 8 + r, first_column(column)), activation(gated) * plain
+        def piece(r, gated, other):
+            at, whole = (row * 8 + r, first_column(column)), activation(gated) * other
             for scale in scales:
                 mine = scale.at[pl.ds(row * 8 + r, 64)]
                 by_row = plgpu.load(mine, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)  # from global memory
                 whole *= lax.broadcast_in_dim(by_row, whole.shape, (1,))
-            for turn, value in enumerate((whole, gated, plain)[:outputs]):
+            for turn, value in enumerate((whole, gated, other)[:outputs]):
                 value, turn = value.astype(outs[turn].dtype), r * outputs + turn * 64
-                here = start - r, stop - r
-                hopper.store_rows(value, outs[turn // 64 % outputs], at, *here, *staging[wg], turn=turn, turned=True)
+                here = start - r, stop - r, staging.at[wg], plain.at[wg]
+                hopper.store_rows(value, outs[turn // 64 % outputs], at, *here, turn=turn, turned=True)
 
         accumulate(operands, store, ((_HALF, height),) * 2)
 
@@ -141,7 +141,7 @@ def dlhs(grads, weights, metadata: GroupMetadata, tiles: Tiling | None = None):
     return vary_alike(kernel(*row_tiles(metadata, M), *padded, *weights)[:M], first)[0]
 
 
-def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, staging, ready, free):
+def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, staging, plain, ready, free):
     E, D, F = gate.shape
     depth, columns = F // _STEP, pl.cdiv(D, 2 * COLUMNS)
     box = hopper.box(dgate.shape[0], E)
@@ -168,7 +168,8 @@ def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, st
 
         def multiply(first, width, rows):
             def store(acc):
-                hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *staging[wg])
+                pieces = staging.at[wg], plain.at[wg]
+                hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *pieces)
 
             def operands(_, slot):
                 return ((a.at[slot, pl.ds(0, rows)], b.at[slot, pl.ds(0, width)].transpose((1, 0))),)

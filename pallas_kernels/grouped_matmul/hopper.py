@@ -31,8 +31,10 @@ class Tiling:
     one_warp: bool = True
 
 
-def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
+def launch(name, body, t: Tiling, out, operands, dtype, approximate=False, rows_of_others=True):
     """The kernel around `body`, with its shared memory; out: one result or several of one dtype.
+
+    rows_of_others: whether tiles can hold rows that are not to be stored, for which there is "plain" beside "staging".
 
     approximate: the hardware's own exponentials and logarithms, good to two units in float32's last place.
 
@@ -43,9 +45,9 @@ def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
     piece = 128 // out_dtype.itemsize  # columns
     swizzled = (plgpu.TilingTransform((8, piece)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
     # whole pieces leave swizzled; a piece that has other groups' rows leaves by its own rows, which needs them plain
-    staging = plgpu.RefUnion(
-        plgpu.SMEM((t.pieces, 64, piece), out_dtype, transforms=swizzled), plgpu.SMEM((64, piece), out_dtype)
-    )
+    staging = {"staging": plgpu.SMEM((2, t.pieces, 64, piece), out_dtype, transforms=swizzled)}
+    if rows_of_others:
+        staging["plain"] = plgpu.SMEM((2, 64, piece), out_dtype)
 
     def ring(*shapes):
         views = [plgpu.SMEM((t.stages, *shape), dtype, transforms=_SWIZZLED) for shape in shapes]
@@ -63,7 +65,7 @@ def launch(name, body, t: Tiling, out, operands, dtype, approximate=False):
         kernel_name=name,
         scratch_types={
             **{n: ring(*s) if isinstance(s[0], tuple) else ring(s) for n, s in operands.items()},
-            "staging": (staging, staging),
+            **staging,
             "ready": plgpu.Barrier(num_arrivals=len(operands), num_barriers=2 * t.stages),
             "free": plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=1, num_barriers=t.stages),
         },
@@ -192,7 +194,7 @@ def pipeline(t: Tiling, tiles, steps, load, compute, ready, free):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     wg = lax.axis_index("warpgroup")
-    lax.cond(wg == 2, producer, lambda: lax.cond(wg == 0, lambda: consumer(0), lambda: consumer(1)))
+    lax.cond(wg == 2, producer, lambda: consumer(wg))  # one piece of code for both
 
 
 def walk_rows(t: Tiling, counts, tiles, rows: int, E: int, columns: int, N: int = 1):

@@ -76,7 +76,8 @@ def drhs_of(parts, out_dtype, tiles: Tiling | None = None):
     # a lower tile's stage lies in the same memory as a tall one's, in rows of its own width
     rows = ((_STEP, _TALL), (_STEP * _TALL // _ROWS, _ROWS)) if both else (_STEP, *drhs_heights(K))
     stage = {"a": rows, "b": (_STEP, COLUMNS)}
-    kernel = hopper.launch("grouped_matmul_drhs", functools.partial(_drhs_kernel, t), t, out, stage, lhs.dtype)
+    body = functools.partial(_drhs_kernel, t)
+    kernel = hopper.launch("grouped_matmul_drhs", body, t, out, stage, lhs.dtype, rows_of_others=False)
     order = metadata.by_size if len(parts) == 1 else None
     if order is None:
         starts, ends = (sum(getattr(m, name) for _, _, m in parts) for name in ("starts", "ends"))
@@ -99,7 +100,7 @@ def here(t: Tiling, lhs, spare: int) -> Tiling:
     return dataclasses.replace(t, blocks=t.blocks - spare, one_warp=t.one_warp and not varies)
 
 
-def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a, b, staging, ready, free):
+def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a, b, staging, plain, ready, free):
     E, N, depth = rhs.shape[0], out.shape[1], lhs.shape[1] // _STEP
     columns = pl.cdiv(N, 2 * COLUMNS)
     # few rows are all that is loaded; a product reads 64 for them, and what it makes of the others is not stored
@@ -132,7 +133,8 @@ def _forward_kernel(t: Tiling, transpose_rhs, count, tiles, lhs, rhs, out, *, a,
                 return ((a.at[slot, pl.ds(0, rows)], weights.transpose((1, 0)) if transpose_rhs else weights),)
 
             def store(acc):
-                hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *staging[wg])
+                pieces = staging.at[wg], plain.at[wg]
+                hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *pieces)
 
             accumulate(operands, store, ((rows, width),))
 
@@ -252,7 +254,7 @@ def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
         def store(acc):
             for r in range(0, acc.shape[0], 64):
                 at = first * 64 + r, hopper.first_column(column)
-                hopper.store_whole(acc[r : r + 64].astype(out.dtype), out.at[group], at, staging[wg][0], r)
+                hopper.store_whole(acc[r : r + 64].astype(out.dtype), out.at[group], at, staging.at[wg], r)
 
         def of(height):
             accumulate(functools.partial(factors, height=height), store, ((height, COLUMNS),))

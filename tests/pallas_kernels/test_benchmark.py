@@ -69,6 +69,13 @@ def test_cases_by_name():
     assert one[0]["sizes"] == [256] * 128
 
 
+def test_real_share_by_hand():
+    # 600 rows of 2 groups, tiles of 192 and 128: 300 rows in five 64s, and from row 296 on 304 rows in as many
+    assert benchmark.real_share([300, 300]) == pytest.approx(600 / 640)
+    # fewer than 192 rows a group: tiles of 128
+    assert benchmark.real_share([300, 0]) == pytest.approx(300 / 384)
+
+
 def test_report_by_hand():
     # 2 experts, one has all 192 rows: two tiles of 128, 0.75 real; 2 · 192 · 64 · 32 = 786432 operations in 1 µs;
     # bytes 2 · (192 · (64 + 32) + 1 · 64 · 32) = 40960

@@ -30,12 +30,15 @@ def test_candidates_fit_and_hold_the_kept():
     for op, buckets in tilings.BUCKETS.items():
         for bucket in buckets:
             tall = op == "drhs" or bucket == "many rows"
-            assert kept(op, bucket) in tune.candidates(64 if bucket == "few rows" else 192 if tall else 128)
-    # 6 stages are 192 KiB; with four pieces for each of two warpgroups (64 KiB) they would need 256
+            assert kept(op, bucket) in tune.candidates(op, 64 if bucket == "few rows" else 192 if tall else 128)
+    # 6 stages are 192 KiB; with three pieces for each of two warpgroups (48 KiB) they would need 240
     assert Tiling(6, 2) in tune.candidates()
-    assert Tiling(6, 4) not in tune.candidates()
-    # tiles of up to 64 rows: 24 KiB a stage, so seven fit
-    assert Tiling(7, 2) in tune.candidates(32)
+    assert Tiling(6, 3) not in tune.candidates()
+    # the forward product has one more, for rows beside others'
+    assert Tiling(6, 1) in tune.candidates("forward") and Tiling(6, 2) not in tune.candidates("forward")
+    # tiles of up to 64 rows: 24 KiB a stage, so seven fit; of 192: 40 KiB, so five
+    assert Tiling(7, 2) in tune.candidates("forward", 32)
+    assert max(t.stages for t in tune.candidates(rows=192)) == 5
 
 
 def test_buckets_by_hand():
@@ -81,7 +84,7 @@ def test_summary_by_hand():
 
 
 def test_prints_the_best_first_and_writes_it(monkeypatch, capsys, tmp_path, own_file):
-    times = {t: 10.0 + t.stages for t in tune.candidates()}
+    times = {t: 10.0 + t.stages for t in tune.candidates(rows=192)}
     monkeypatch.setattr(tune, "tune", lambda case, op: times)
     device = {"device_kind": "NVIDIA H200", "platform": "gpu", "compute_capability": "9.0"}
     monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), device)])
