@@ -2,8 +2,8 @@
 
 The pipeline is `grouped_matmul`'s. In `hidden` the operands change places: a block multiplies 64 columns of gate and 64
 of up, turned, by a tile of rows, turned, so that one stage's traffic and instructions are those of a plain product
-(128 columns of weights, 128 rows), a thread ends with gate and up of the same element, and weights that lie apart need
-no copy side by side. Its results are turned back on their way to memory.
+(128 columns of weights, 192 or 128 rows), a thread ends with gate and up of the same element, and weights that lie
+apart need no copy side by side. Its results are turned back on their way to memory.
 
 Limits: those of `grouped_matmul.mosaic_gpu`.
 """

@@ -20,7 +20,8 @@ _ROUNDS = 32  # of tiles, up to which half of the last one counts
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """stages of the ring; pieces: staged (64, 64) pieces of the result, a warpgroup's own; blocks in the grid.
+    """stages of the ring; pieces: staged (64, 64) pieces of the result, a warpgroup's own, beside the one for rows among
+    others'; blocks in the grid.
 
     one_warp: the loads are one warp's; else its whole warpgroup's, as inside shard_map.
     """
@@ -34,7 +35,7 @@ class Tiling:
 def launch(name, body, t: Tiling, out, operands, dtype, approximate=False, rows_of_others=True):
     """The kernel around `body`, with its shared memory; out: one result or several of one dtype.
 
-    rows_of_others: whether tiles can hold rows that are not to be stored, for which there is "plain" beside "staging".
+    rows_of_others: whether a tile can hold rows that aren't to be stored; "plain" is for such, beside "staging".
 
     approximate: the hardware's own exponentials and logarithms, good to two units in float32's last place.
 

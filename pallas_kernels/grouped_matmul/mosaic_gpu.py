@@ -1,9 +1,9 @@
 """Grouped products on Hopper, in Mosaic GPU: persistent blocks, one warp that loads, two warpgroups that multiply.
 
 The loading warp runs ahead through a ring of shared-memory stages, over tile boundaries, so that the loads of the next
-tile hide behind the multiplication of this one. The warpgroups take turns: each has 128 × 128 tiles of its own, and
-stores one while the other multiplies. The two blocks of a cluster take neighbouring columns of the same rows, which the
-copy engine sends to both. README.md draws it.
+tile hide behind the multiplication of this one. The warpgroups take turns: each has tiles of its own, 192 × 128 or
+128 × 128, and stores one while the other multiplies. The two blocks of a cluster take neighbouring columns of the same
+rows, which the copy engine sends to both. README.md draws it.
 
 Limits: Hopper; bfloat16 or float16; K and N multiples of 64.
 """
