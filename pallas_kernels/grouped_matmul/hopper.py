@@ -20,7 +20,7 @@ _ROUNDS = 32  # of tiles, up to which half of the last one counts
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """stages of the ring; pieces: staged (64, 64) pieces of the result, a warpgroup's own, beside the one for rows among
+    """stages of the ring; pieces: staged (64, 64) pieces of the result, a warpgroup's own, beside one for rows among
     others'; blocks in the grid.
 
     one_warp: the loads are one warp's; else its whole warpgroup's, as inside shard_map.
@@ -85,18 +85,19 @@ def dealt(t: Tiling, count, info, turn=schedule.round_robin):
     return schedule.turns(count, nth, clusters), jnp.int32(0), lambda i: (info(nth(i)), i + 1)
 
 
-def dealt_both(t: Tiling, high, low, info, turn=schedule.round_robin):
+def dealt_both(t: Tiling, lists, info, turn=schedule.round_robin):
     """`dealt` of two lists of tiles, the taller and the lower ones: a cluster gets its share of each, so that none has
     more to multiply, and takes them in one order.
 
-    high, low: (count, head), where head(lin) -> (place in the order, what info needs). info(…) -> a tile's scalars;
+    lists: two of (count, head), where head(lin) -> (place in the order, what info needs). info(…) -> a tile's scalars;
     behind them comes whether it is of the first list.
     """
     clusters, block = t.blocks // 2, lax.axis_index("block")
-    late = lax.rem(block + clusters - lax.rem(high[0], jnp.int32(clusters)), jnp.int32(clusters))  # the first has fewer
+    rest = lax.rem(jnp.int32(lists[0][0]), jnp.int32(clusters))
+    late = lax.rem(block + clusters - rest, jnp.int32(clusters))  # who has one tall tile less comes first
     lists = [
         (functools.partial(turn, cluster=cluster, clusters=clusters), *one)
-        for cluster, one in zip((block, late), (high, low), strict=True)
+        for cluster, one in zip((block, late), lists, strict=True)
     ]
 
     def next_of(i, nth, count, head):
@@ -226,7 +227,7 @@ def walk_rows(t: Tiling, counts, tiles, rows: int, E: int, columns: int, N: int 
             (counts[i] * columns, functools.partial(head, count=counts[i], first=first))
             for i, first in enumerate(firsts)
         ]
-        return (rows, schedule.ROWS), dealt_both(t, *lists, scalars)
+        return (rows, schedule.ROWS), dealt_both(t, lists, scalars)
 
     turns, whole = in_halves(counts[0] * columns, tiles.shape[0] * columns, N, t)
 

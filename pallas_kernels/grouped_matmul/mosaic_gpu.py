@@ -184,7 +184,7 @@ def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
         turn = schedule.back_and_forth
         lists = [(E * columns * each, head) for each, head in ((high, tall), (low, flat)) if each]
         if len(lists) == 2:
-            return hopper.dealt_both(t, *lists, info, turn)
+            return hopper.dealt_both(t, lists, info, turn)
         ((count, head),) = lists
         return hopper.dealt(t, count, lambda lin: (*info(*head(lin)[1]), jnp.int32(0)), turn)
 

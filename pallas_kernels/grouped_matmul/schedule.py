@@ -61,7 +61,8 @@ def row_tiles(starts: jax.Array, ends: jax.Array, M: int, tail: bool = True) -> 
         _tiles(starts, ends, first, high, TALL, most, TALL_WIDTH, before),
         _tiles(starts, ends, first + TALL * high, low, ROWS, most_low(E), WIDTH, before + sweeps - 1),
     )
-    return tuple(jnp.concatenate(of_both) for of_both in zip(*lists, strict=True))
+    counts, tiles = zip(*lists, strict=True)
+    return jnp.concatenate(counts), jnp.concatenate(tiles)
 
 
 def _tiles(starts, ends, first, count, rows: int, most: int, width: int, order=0):
