@@ -29,13 +29,13 @@ _BARRIERS = 1024
 _NOISE = 1.03
 
 
-def candidates(op: str = "drhs", rows: int = schedule.ROWS) -> list[Tiling]:
+def candidates(op: str, rows: int) -> list[Tiling]:
     """Rings and staging buffers that fit beside each other; rows: of a row tile, which a stage holds with COLUMNS."""
     stage = 2 * STEP * (max(rows, 64) + COLUMNS)
     plain = op == "forward"  # a piece more, for rows that lie beside others' (`hopper.launch`)
     return [
         Tiling(stages, pieces)
-        for stages, pieces in itertools.product((3, 4, 5, 6, 7), (1, 2, 3))
+        for stages, pieces in itertools.product((3, 4, 5, 6, 7), (1, 2, 3, 4))
         # pieces are each of two warpgroups'
         if stages * stage + (pieces + plain) * 2 * (8 << 10) + _BARRIERS <= _SHARED
     ]

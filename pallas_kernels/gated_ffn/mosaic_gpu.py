@@ -117,10 +117,10 @@ def _hidden_kernel(
                 mine = scale.at[pl.ds(row * 8 + r, 64)]
                 by_row = plgpu.load(mine, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)  # from global memory
                 whole *= lax.broadcast_in_dim(by_row, whole.shape, (1,))
-            for turn, value in enumerate((whole, gated, other)[:outputs]):
-                value, turn = value.astype(outs[turn].dtype), r * outputs + turn * 64
+            for n, (out, value) in enumerate(zip(outs, (whole, gated, other)[:outputs], strict=True)):
+                value, turn = value.astype(out.dtype), r * outputs + n * 64
                 here = start - r, stop - r, staging.at[wg], plain.at[wg]
-                hopper.store_rows(value, outs[turn // 64 % outputs], at, *here, turn=turn, turned=True)
+                hopper.store_rows(value, out, at, *here, turn=turn, turned=True)
 
         accumulate(operands, store, ((_HALF, height),) * 2)
 

@@ -152,41 +152,7 @@ def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
     *operands, out = refs
     parts = [operands[i : i + 4] for i in range(0, len(operands), 4)]  # starts, ends, lhs, grad
     E, K, N = out.shape
-    columns, heights = pl.cdiv(N, 2 * COLUMNS), drhs_heights(K)
-    high, low = schedule.heights(pl.cdiv(K, 64))
-    sweeps = max(pl.cdiv(high, schedule.TALL_WIDTH), 1)
-    sweep = max(pl.cdiv(high, sweeps), 1)
-
-    def place(lin, each, sweep):
-        """Of a list with `each` tiles a group: which group, which sweep of it, tile and column."""
-        nth = jnp.minimum(lax.div(lin, jnp.int32(each * columns)), E - 1)
-        within = lin - nth * (each * columns)
-        of = lax.div(within, jnp.int32(sweep * columns))
-        return nth, of, *schedule.place(within, of * sweep, jnp.clip(each - of * sweep, 1, sweep), columns)
-
-    def tall(lin):
-        nth, of, tile, column = place(lin, high, sweep)
-        return (nth * sweeps + of) * columns + column, (nth, tile * (_TALL // 64), column)
-
-    def flat(lin):
-        nth, _, tile, column = place(lin, low, low)
-        first = (high * _TALL + tile * _ROWS) // 64
-        return (nth * sweeps + sweeps - 1) * columns + column, (nth, first, column)
-
-    def info(nth, first, column):
-        """Of a tile: group, first row of K / 64 and column, and of every part its first row / 8, first row and last
-        + 1."""
-        group = by_size[nth]
-        rows = [(lax.div(starts[group], jnp.int32(8)), starts[group], ends[group]) for starts, ends, *_ in parts]
-        return group, first, column, *(number for part in rows for number in part)
-
-    def plan():
-        turn = schedule.back_and_forth
-        lists = [(E * columns * each, head) for each, head in ((high, tall), (low, flat)) if each]
-        if len(lists) == 2:
-            return hopper.dealt_both(t, lists, info, turn)
-        ((count, head),) = lists
-        return hopper.dealt(t, count, lambda lin: (*info(*head(lin)[1]), jnp.int32(0)), turn)
+    heights, plan = _walk_drhs(t, by_size, parts, E, K, pl.cdiv(N, 2 * COLUMNS))
 
     def left(slot, height):
         if len(heights) == 1:
@@ -261,7 +227,46 @@ def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
 
         hopper.by_height(tile, heights, of)
 
-    hopper.pipeline(t, plan(), steps, load, compute, ready, free)
+    hopper.pipeline(t, plan, steps, load, compute, ready, free)
+
+
+def _walk_drhs(t: Tiling, by_size, parts, E: int, K: int, columns: int):
+    """(heights of the tiles, `tiles` of `hopper.pipeline`) over a weight gradient's tiles: the groups largest first.
+
+    A tile's scalars: group, first row of K / 64, column, of every part its first row / 8, first row and last + 1, and
+    last, where there are two heights, whether it is a tall one.
+    """
+    high, low = schedule.heights(pl.cdiv(K, 64))
+    sweeps = max(pl.cdiv(high, schedule.TALL_WIDTH), 1)
+    sweep = max(pl.cdiv(high, sweeps), 1)
+
+    def place(lin, each, sweep):
+        """Of a list with `each` tiles a group: which group, which sweep of it, tile and column."""
+        nth = jnp.minimum(lax.div(lin, jnp.int32(each * columns)), E - 1)
+        within = lin - nth * (each * columns)
+        of = lax.div(within, jnp.int32(sweep * columns))
+        return nth, of, *schedule.place(within, of * sweep, jnp.clip(each - of * sweep, 1, sweep), columns)
+
+    def tall(lin):
+        nth, of, tile, column = place(lin, high, sweep)
+        return (nth * sweeps + of) * columns + column, (nth, tile * (_TALL // 64), column)
+
+    def flat(lin):
+        nth, _, tile, column = place(lin, low, low)
+        first = (high * _TALL + tile * _ROWS) // 64
+        return (nth * sweeps + sweeps - 1) * columns + column, (nth, first, column)
+
+    def scalars(nth, first, column):
+        group = by_size[nth]
+        rows = [(lax.div(starts[group], jnp.int32(8)), starts[group], ends[group]) for starts, ends, *_ in parts]
+        return group, first, column, *(number for part in rows for number in part)
+
+    turn = schedule.back_and_forth
+    lists = [(E * columns * each, head) for each, head in ((high, tall), (low, flat)) if each]
+    if len(lists) == 2:
+        return drhs_heights(K), hopper.dealt_both(t, lists, scalars, turn)
+    ((count, head),) = lists
+    return drhs_heights(K), hopper.dealt(t, count, lambda lin: (*scalars(*head(lin)[1]), jnp.int32(0)), turn)
 
 
 def drhs_heights(K: int) -> tuple[int, ...]:

@@ -261,7 +261,7 @@ def test_row_tiles_cover_every_row_once(seed):
 @pytest.mark.parametrize("clusters", [1, 2, 5])
 @pytest.mark.parametrize("columns", [1, 3])
 def test_tall_and_low_tiles_are_dealt_evenly_and_in_order(clusters, columns, monkeypatch):
-    """Every tile and column once; no two clusters are more than a tall and a low one apart; groups in their order."""
+    """Every tile and column once; no two clusters are more than a tall one apart; groups in their order."""
     sizes, M = drawn(5)
     ends = np.cumsum(sizes)
     counts, tiles = schedule.row_tiles(jnp.asarray(ends - sizes, jnp.int32), jnp.asarray(ends, jnp.int32), M)

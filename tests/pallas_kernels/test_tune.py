@@ -32,13 +32,13 @@ def test_candidates_fit_and_hold_the_kept():
             tall = op == "drhs" or bucket == "many rows"
             assert kept(op, bucket) in tune.candidates(op, 64 if bucket == "few rows" else 192 if tall else 128)
     # 6 stages are 192 KiB; with three pieces for each of two warpgroups (48 KiB) they would need 240
-    assert Tiling(6, 2) in tune.candidates()
-    assert Tiling(6, 3) not in tune.candidates()
+    assert Tiling(6, 2) in tune.candidates("drhs", 128)
+    assert Tiling(6, 3) not in tune.candidates("drhs", 128)
     # the forward product has one more, for rows beside others'
-    assert Tiling(6, 1) in tune.candidates("forward") and Tiling(6, 2) not in tune.candidates("forward")
+    assert Tiling(6, 1) in tune.candidates("forward", 128) and Tiling(6, 2) not in tune.candidates("forward", 128)
     # tiles of up to 64 rows: 24 KiB a stage, so seven fit; of 192: 40 KiB, so five
     assert Tiling(7, 2) in tune.candidates("forward", 32)
-    assert max(t.stages for t in tune.candidates(rows=192)) == 5
+    assert max(t.stages for t in tune.candidates("drhs", 192)) == 5
 
 
 def test_buckets_by_hand():
@@ -84,7 +84,7 @@ def test_summary_by_hand():
 
 
 def test_prints_the_best_first_and_writes_it(monkeypatch, capsys, tmp_path, own_file):
-    times = {t: 10.0 + t.stages for t in tune.candidates(rows=192)}
+    times = {t: 10.0 + t.stages for t in tune.candidates("drhs", 192)}
     monkeypatch.setattr(tune, "tune", lambda case, op: times)
     device = {"device_kind": "NVIDIA H200", "platform": "gpu", "compute_capability": "9.0"}
     monkeypatch.setattr(jax, "devices", lambda: [type("Device", (), device)])
@@ -131,4 +131,4 @@ def test_products_are_the_kernels(monkeypatch):
     monkeypatch.setattr(tune, "rounds", lambda runs, launches: dict.fromkeys(runs, (2.0, 1.0, 3.0)))
     case = {"name": "x", "product": (64, 2, 64, 64), "sizes": [40, 24], "launches": 1, "again": 2}
     assert set(tune.tune(case, "drhs").values()) == {1.0}
-    assert set(seen) == set(tune.candidates())
+    assert set(seen) == set(tune.candidates("drhs", 128))
