@@ -249,8 +249,8 @@ def stored_rows(M: int) -> int:
 
 
 def load_rows(rows, row, step, stop, tile, heights, most: int, stage, barrier):
-    """A tile's rows from `row` on, at most `most`, to both blocks of the pair; of one that isn't tall only half of them
-    where those from `stop` on, which don't count, are as many."""
+    """A tile's rows from `row` on, at most `most`, to both blocks of the pair. Of one that isn't tall those up to
+    `stop`, by 32s or halves of less; beside tall tiles by halves, as the loading warp has no registers for more."""
 
     def take(size):
         target = stage.at[pl.ds(0, size)]
@@ -261,8 +261,9 @@ def load_rows(rows, row, step, stop, tile, heights, most: int, stage, barrier):
         if size == schedule.TALL or size % 32:  # each block loads a half, in eights
             take(size)
         else:
-            pl.when(stop <= size // 2)(lambda: take(size // 2))
-            pl.when(stop > size // 2)(lambda: take(size))
+            unit = size // 2 if len(heights) > 1 else min(size // 2, 32)
+            for some in range(unit, size + 1, unit):
+                pl.when((stop > some - unit) & (stop <= some))(functools.partial(take, some))
 
     by_height(tile, heights, of)
 

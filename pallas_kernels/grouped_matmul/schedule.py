@@ -14,12 +14,16 @@ TALL = 192
 WIDTH = 16  # row tiles in a sweep: their rows stay in the cache while the columns pass
 TALL_WIDTH = 10  # the same of tall ones
 _ALIGN = 8
+_MANY = 2048  # rows in all, of which tiles of both heights are enough to be dealt evenly
 
 
 def tile_rows(M: int, E: int) -> int:
     """Rows in a tile, where M rows fall on E groups: few where weights are what is moved, and rows beside them cost;
     TALL, with tiles of ROWS among them, where groups have many."""
-    return 32 if M <= 8 * E else 64 if M <= 24 * E else ROWS if M <= TALL * E else TALL
+    if M <= 24 * E:
+        return 32 if M <= 8 * E else 64
+    few = M < ROWS * E or (M < _MANY and M <= TALL * E)
+    return ROWS if few else TALL
 
 
 def heights(units, least=min):

@@ -140,8 +140,9 @@ def test_few_rows_make_small_tiles(capfd):
 
 
 def test_tile_rows_by_hand():
-    # 16 rows for 8 experts: 2 each; 512 for 32: 16 each; 2048 for 64: 32 each; 2048 for 8: 256 each
-    assert [schedule.tile_rows(*case) for case in ((16, 8), (512, 32), (2048, 64), (2048, 8))] == [32, 64, 128, 192]
+    # 2, 16, 32, 128, 128 and 250 rows a group
+    cases = (16, 8), (512, 32), (2048, 64), (1024, 8), (2048, 16), (1000, 4)
+    assert [schedule.tile_rows(*case) for case in cases] == [32, 64, 128, 128, 192, 192]
 
 
 def test_heights_by_hand():
