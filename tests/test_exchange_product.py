@@ -44,15 +44,25 @@ def _emulated(monkeypatch):
     emulated_remote.install(monkeypatch)
 
 
+def layer_with(router: str, way: str | None = None, chunks: int = 1) -> MoE:
+    config = dataclasses.replace(small.ROUTERS[router], exchange=way, exchange_chunks=chunks)
+    return MoE(config, hidden=16, mode="train")
+
+
 @functools.lru_cache
-def layer_on(sizes: tuple[tuple[str, int], ...], router: str, way: str | None, chunks: int = 1):
-    """y, losses, gradients of both in x and all parameters, counts, biases after the rule and overflow of one layer."""
-    config = small.ROUTERS[router]
-    layer = MoE(dataclasses.replace(config, exchange=way, exchange_chunks=chunks), hidden=16, mode="train")
+def start(router: str):
+    """A layer's boxed variables, x and what goes with it; the same for every way of exchange."""
     batch, keys = small.batch(padded=3), jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (*batch["tokens"].shape, 32), jnp.float32)
     arguments = x, batch["tokens"], batch["mask"]
-    boxed = jax.jit(layer.init)({"params": keys[1], "routing": keys[2]}, *arguments)
+    return jax.jit(layer_with(router).init)({"params": keys[1], "routing": keys[2]}, *arguments), arguments, keys[2]
+
+
+@functools.lru_cache
+def layer_on(sizes: tuple[tuple[str, int], ...], router: str, way: str | None, chunks: int = 1):
+    """y, losses, gradients of both in x and all parameters, counts, biases after the rule and overflow of one layer."""
+    layer = layer_with(router, way, chunks)
+    boxed, arguments, key = start(router)
     mesh = small_mesh(dict(sizes))
     arguments = jax.device_put(arguments, sharding.batch_sharding(mesh))
     variables = jax.device_put(nn.unbox(boxed), sharding.shardings(mesh, boxed))
@@ -62,7 +72,7 @@ def layer_on(sizes: tuple[tuple[str, int], ...], router: str, way: str | None, c
         def objective(params, x):
             variables = {"params": params, "router_state": state}
             (y, losses), sown = layer.apply(
-                variables, x, tokens, mask, rngs={"routing": keys[2]}, mutable=["intermediates"]
+                variables, x, tokens, mask, rngs={"routing": key}, mutable=["intermediates"]
             )
             wave = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
             return jnp.sum(y * wave) + sum(losses.values()), (y, losses, sown["intermediates"]["routing"])
