@@ -63,7 +63,6 @@ def exact(rows, gate, up, down, grad, sizes, activation, scale=None):
 
 
 @functools.partial(jax.jit, static_argnames=("activation", "implementation", "tail"))
-@functools.partial(jax.jit, static_argnames=("activation", "implementation", "tail"))
 def value_and_gradients(
     rows, gate, up, down, grad, sizes, activation="silu", implementation=None, scale=None, tail=True
 ):

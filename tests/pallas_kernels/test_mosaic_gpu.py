@@ -62,6 +62,7 @@ def interpreted(function, capfd, detect_races=True):
 
 # 70 | 0 | 51: a whole tile's half and a part, an empty group, unaligned starts, 7 rows past the sum; with 70 + 51 rows
 # the second group's tile starts at row 64. 3 | 5 | 60: groups within one group of eight. M = 99: off the eight.
+# 128 | 24 | 56 | 88: a tile each, of which 128, 32, 64 and 96 rows are loaded.
 @pytest.mark.parametrize(
     "sizes, M, N, dtype, one_warp",
     [
@@ -69,6 +70,7 @@ def interpreted(function, capfd, detect_races=True):
         ((3, 5, 60), 128, 192, jnp.bfloat16, True),
         ((0, 99, 0), 99, 128, jnp.bfloat16, True),
         ((40, 60), 128, 64, jnp.float16, False),
+        ((128, 24, 56, 88), 296, 128, jnp.bfloat16, True),
     ],
 )
 def test_forward(sizes, M, N, dtype, one_warp, capfd):
