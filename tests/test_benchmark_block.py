@@ -9,14 +9,17 @@ from pallas_kernels.timing import rounds
 
 
 def test_rates_by_hand():
-    # 6 · 10 tokens · 2 experts · 100 · 50 = 600000 operations; 2 µs forward; backward 8 - 2 = 6 µs for twice as many
-    us = {"block forward": 2.0, "block both": 8.0, "products forward": 1.0, "products both": 4.0, "dense": 0.5}
+    # 6 · 10 tokens · 2 experts · 100 · 50 = 600000 operations; 2 µs forward; backward 9 - 3 = 6 µs for twice as many
+    us = {"block forward": 2.0, "block training forward": 3.0, "block both": 9.0, "dense": 0.5}
+    us |= {"products forward": 1.0, "products training forward": 2.0, "products both": 5.0}
     assert benchmark_block.rates((100, 50, 4, 2, 10), us) == pytest.approx(
         {
             "dense product": 1.2,
             "block forward": 0.3,
+            "block training forward": 0.2,
             "block backward": 0.2,
             "products forward": 0.6,
+            "products training forward": 0.3,
             "products backward": 0.4,
         }
     )
@@ -34,6 +37,10 @@ def test_cases_compute_the_block():
     want = np.zeros((12, 16), np.float32)
     np.add.at(want, np.asarray(plan.token), 0.5 * rows)
     np.testing.assert_allclose(np.asarray(out, np.float32), want, rtol=0, atol=2e-2 * np.abs(want).max())
+    trained, kept = runs["block training forward"]()
+    np.testing.assert_array_equal(trained.astype(jnp.float32), out.astype(jnp.float32))
+    # the rows, both pre-activations and the results; no copy of what was given
+    assert kept and not {a.shape for a in kept} & {(4, 16, 8), (4, 8, 16), (12, 16)}
     again, *gradients = runs["block both"]()
     np.testing.assert_array_equal(again.astype(jnp.float32), out.astype(jnp.float32))
     assert [g.shape for g in gradients] == [(12, 16), (4, 16, 8), (4, 16, 8), (4, 8, 16)]
