@@ -9,7 +9,7 @@ products alone, over rows already sorted: the difference is what gathering and c
 stores what the backward needs; the backward's time is that of both less a training forward's, as in the published ones.
 
 Each is timed twice: by itself, in rounds of its own, as published figures are, and in turns with all others, where a
-forward begins on a chip that a backward has heated. The bound of a forward is what the products would take at the rate
+forward begins on a chip that a backward has heated. A forward "by dense and copy" takes its products at the rate
 of a dense product of the same FLOPs and the rows' bytes at the rate of a copy, both of this run.
 """
 
@@ -112,7 +112,7 @@ def rates(shape: tuple[int, ...], us: dict[str, float]) -> dict[str, float]:
     return out
 
 
-def bound(shape: tuple[int, ...], dense: float, copied: float) -> float:
+def by_dense_and_copy(shape: tuple[int, ...], dense: float, copied: float) -> float:
     """TFLOP/s of a block's forward at `dense` TFLOP/s and, for its rows, gathered and combined, `copied` GB/s."""
     D, F, _, K, T = shape
     flops, moved = 6.0 * T * K * D * F, 2.0 * 2 * (T + T * K) * D
@@ -142,7 +142,7 @@ def main() -> None:
         print(f"  {'':27}by itself  in turns")
         table = [rates(shape, each) for each in (alone, in_turns)]
         for each in table:
-            each["bound of forward"] = bound(shape, each["dense product"], copied)
+            each["forward by dense and copy"] = by_dense_and_copy(shape, each["dense product"], copied)
         for name in table[0]:
             print(f"  {name:27}{table[0][name]:9.3g} {table[1][name]:9.3g}", flush=True)
 

@@ -1,7 +1,7 @@
 """Times the grouped products at the named shapes beside a dense product of the same FLOPs and the peers.
 
     python -m pallas_kernels.benchmark [--op forward,dlhs,drhs,gated_ffn,…|all] [--shape training,decode|olmoe-1b-7b,…]
-        [--sizes dirichlet] [--implementation mosaic_gpu,xla] [--peer_python PATH] [--json FILE]
+        [--sizes dirichlet] [--implementation mosaic_gpu,xla] [--peer_python PATH] [--json FILE] [--rounds 5]
 
 --op: forward, dlhs and drhs of the products up and down, and both, all three; gated_ffn, combine and spread, and
 gated_ffn_both and combine_both, which are values and all gradients (`block_ops`); all: every one of these.
@@ -11,12 +11,12 @@ and the memory of all), tokamax where it is installed, and with --peer_python to
 names what is timed beside the dense product, peers among it: each must run every operation that is timed, here.
 --json is written after each case.
 
-Medians of five rounds, in which every implementation of a case has its turn, torch in a process of its own among them,
-with the fastest and slowest round. A turn begins with a tenth of a second of untimed calls, so that each is timed at
-the clocks that it leaves the chip. Weights of a case are larger than the caches wherever GB/s matter: the last-level
-cache is flushed by the case itself. The group metadata is given, as a layer gives it to its six products. A decode
-shape's product runs eight times, over other rows, in one program, as a model's layers do: launched from Python one by
-one, as torch's are, products of 100 µs leave gaps between them.
+Medians of five rounds, or --rounds, in which every implementation of a case has its turn, torch in a process of its own
+among them, with the fastest and slowest round. A turn begins with a tenth of a second of untimed calls, so that each is
+timed at the clocks that it leaves the chip. Weights of a case are larger than the caches wherever GB/s matter: the
+last-level cache is flushed by the case itself. The group metadata is given, as a layer gives it to its six products. A
+decode shape's product runs eight times, over other rows, in one program, as a model's layers do: launched from Python
+one by one, as torch's are, products of 100 µs leave gaps between them.
 """
 
 import argparse
@@ -103,10 +103,10 @@ def dense(lhs, weights):
     return [rows @ weights for rows in lhs]
 
 
-def bench(case, implementations: Mapping[str, list[str]], peer=None) -> dict:
+def bench(case, implementations: Mapping[str, list[str]], peer=None, repeats: int = 5) -> dict:
     """(op, implementation) -> times of one call; a dense product of the same FLOPs among them.
 
-    implementations: of each op; peer: a `Torch`.
+    implementations: of each op; peer: a `Torch`; repeats: rounds.
     """
     one: Callable
     if case["ops"][0] in block_ops.OPS:
@@ -127,7 +127,7 @@ def bench(case, implementations: Mapping[str, list[str]], peer=None) -> dict:
     elsewhere = peer.products(case) if peer else {}
     slow = {name for name in runs if name[1] in _SLOW and name[0] not in block_ops.MOVING}
     launches = {name: 1 if name in slow else case["launches"] for name in runs}
-    times = rounds(runs, launches=launches, elsewhere=elsewhere, settle=_SETTLE)
+    times = rounds(runs, repeats, launches, elsewhere, settle=_SETTLE)
     again = {name: 1 if name in elsewhere else case["again"] for name in times}
     return {name: tuple(us / again[name] for us in found) for name, found in times.items()}
 
@@ -292,17 +292,24 @@ def plan(todo: list[dict], names: list[str]) -> list[tuple[dict, dict[str, list[
     return out
 
 
-def run(planned, peer: Torch | None, sizes: str, file: Path | None) -> None:
+def run(planned, peer: Torch | None, sizes: str, file: Path | None, repeats: int) -> None:
     """Shows each case's report when it is done, and writes those so far: a later case may fail."""
     copied = copy_rate()
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, copy {copied:.0f} GB/s, sizes {sizes}")
     print("[fastest and slowest round]; then the share of the dense product's rate, or of the copy's")
     results = []
     for case, implementations in planned:
-        results.append(report(case, bench(case, implementations, peer), copied))
+        results.append(report(case, bench(case, implementations, peer, repeats), copied))
         show(results[-1])
         if file:
             file.write_text(json.dumps(results))
+
+
+def positive(text: str) -> int:
+    """An argparse type."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is no number of rounds; give 1 or more")
+    return int(text)
 
 
 def writable(text: str) -> Path:
@@ -327,6 +334,7 @@ def main() -> None:
     parser.add_argument("--implementation", default=[], type=shapes.listed("implementation", known))
     parser.add_argument("--peer_python")
     parser.add_argument("--json", type=writable)
+    parser.add_argument("--rounds", type=positive, default=5)
     flags = parser.parse_args()
     if flags.peer_python:  # both processes hold operands: jax takes memory as it needs it
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -337,7 +345,7 @@ def main() -> None:
         parser.error(str(error))
     try:
         with Torch(flags.peer_python) if flags.peer_python else contextlib.nullcontext() as peer:
-            run(planned, peer, flags.sizes, flags.json)
+            run(planned, peer, flags.sizes, flags.json, flags.rounds)
     except PeerError as error:
         parser.exit(1, f"error: {error}\n")
 

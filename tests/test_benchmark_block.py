@@ -24,7 +24,7 @@ def test_rates_by_hand():
         }
     )
     # half a microsecond for the products; 10 tokens and 20 rows of 200 bytes, twice: 12 kB, half a one at 24 GB/s
-    assert benchmark_block.bound((100, 50, 4, 2, 10), 1.2, 24.0) == pytest.approx(0.6)
+    assert benchmark_block.by_dense_and_copy((100, 50, 4, 2, 10), 1.2, 24.0) == pytest.approx(0.6)
 
 
 def test_cases_compute_the_block():

@@ -204,7 +204,8 @@ def test_all_means_every_op(monkeypatch):
 
 
 def test_what_is_measured_before_an_end_is_kept(monkeypatch, capsys, tmp_path):
-    def bench(case, implementations, peer):
+    def bench(case, implementations, peer, repeats):
+        assert repeats == 3
         if case["name"].endswith("/down"):
             raise benchmark.PeerError("torch's process stopped: killed")
         return {("dense", "jax"): (1.0,) * 3, ("forward", "blocks"): (2.0,) * 3}
@@ -212,7 +213,7 @@ def test_what_is_measured_before_an_end_is_kept(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(benchmark, "bench", bench)
     monkeypatch.setattr(benchmark, "copy_rate", lambda: 1.0)
     file = tmp_path / "times.json"
-    flags = ["--shape=switch-base", "--op=forward", f"--json={file}"]
+    flags = ["--shape=switch-base", "--op=forward", f"--json={file}", "--rounds=3"]
     assert last_line(benchmark, monkeypatch, capsys, *flags) == "error: torch's process stopped: killed"
     (result,) = json.loads(file.read_text())
     assert (result["name"], [rate["us"] for rate in result["rates"]]) == ("switch-base/up", [1.0, 2.0])
