@@ -147,7 +147,7 @@ class MoE(nn.Module):
         def score(name, init):
             shape, axes = (x.shape[-1], config.num_experts), ("embed", "router_experts")
             kernel = layers.parameter(self, name, init, shape, axes)
-            return layers.scores(inputs, kernel)
+            return checkpoint_name(layers.scores(inputs, kernel), "routing")
 
         if reads_logits(router):
             logits = score("router", layers.fan_in_init(0, 1, self.init_scale))

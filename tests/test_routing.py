@@ -419,6 +419,32 @@ def test_gradients_of_select_and_pick_are_those_of_the_gathers():
         np.testing.assert_array_equal(got, expected)
 
 
+def test_rematerialization_keeps_what_was_selected():
+    policy = jax.checkpoint_policies.save_only_these_names("routing")
+    chosen = jax.checkpoint(lambda s: routing.select_top_k(s, 3)[0], policy=policy)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda s: jnp.sum(chosen(s) ** 2)))(jnp.ones((4, 8)))
+    assert str(jaxpr).count("scan[") == 1
+
+
+@pytest.mark.gpu
+def test_select_top_k_is_one_kernel_on_a_gpu():
+    scores = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 8192, 64)))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+
+    def values_and_gradient(select, scores):
+        values, indices = select(scores)
+        return values, indices, jax.grad(lambda s: jnp.sum(jnp.sin(select(s)[0])))(scores)
+
+    def ours(scores):
+        return jax.vmap(lambda s: routing.select_top_k(s, 8))(scores)
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(functools.partial(values_and_gradient, ours)).lower(scores).compile()
+    assert "select_top_k_mosaic_gpu" in compiled.as_text()
+    expected = jax.jit(functools.partial(values_and_gradient, lambda s: jax.lax.top_k(s, 8)))(scores)
+    jax.tree.map(np.testing.assert_array_equal, compiled(scores), expected)
+
+
 # ---- properties of all token-choice routers
 
 

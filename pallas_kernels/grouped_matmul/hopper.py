@@ -123,13 +123,16 @@ def by_height(tile, heights, body):
         pl.when(tile[-1] == last)(functools.partial(body, height))
 
 
-def pipeline(t: Tiling, tiles, steps, load, compute, ready, free):
+def pipeline(t: Tiling, tiles, steps, load, compute, ready, free, alternate=False):
     """Runs this block's share of tiles: the loading warp, and the two compute warpgroups by turns.
 
     tiles: `dealt` or `dealt_both`: how many, a state, and take(state) -> a tile's scalars and the state after it;
     steps(tile): how many stages it takes; load(tile, k, slot, barrier) fills a slot; compute(warpgroup, tile,
     accumulate), where accumulate(operands, store, sums) multiplies all its steps: operands(k, slot) gives the two
     factors of every accumulator, whose shapes are `sums`, and store takes their values.
+
+    alternate: every second tile's steps are loaded from the last to the first, for what the tile before had last is
+    still in the cache; the k of `operands` then isn't that of `load`.
     """
     mine, before, take = tiles
 
@@ -151,12 +154,13 @@ def pipeline(t: Tiling, tiles, steps, load, compute, ready, free):
         plgpu.set_max_registers(24, action="decrease")
 
         def loads(i, tile, base):
-            own = lax.rem(i, jnp.int32(2)) * t.stages
+            odd = lax.rem(i, jnp.int32(2))
 
             def step(k, _):
                 place = slot(base + k)
                 pl.when(base + k >= t.stages)(lambda: plgpu.barrier_wait(free.at[place]))
-                load(tile, k, place, ready.at[own + place])
+                turned = jnp.where(odd == 1, steps(tile) - 1 - k, k) if alternate else k
+                load(tile, turned, place, ready.at[odd * t.stages + place])
 
             lax.fori_loop(0, steps(tile), step, None)
 

@@ -13,6 +13,7 @@ from pallas_kernels import few_rows, remote_exchange
 from pallas_kernels.combine import combine, spread
 from pallas_kernels.gated_ffn import gated_ffn
 from pallas_kernels.grouped_matmul import group_metadata, grouped_matmul
+from pallas_kernels.top_k import top_k
 
 T, K, D, F = 45, 3, 192, 320
 WIDTH = 384  # of rows that are moved: in multiples of 128
@@ -79,6 +80,7 @@ def cases():
         "gated_ffn, tall tiles": (functools.partial(gated, hidden=F, tail=True, M=TALL_M), tall),
         "combine": (moved, slot),
         "few_rows": (few, jnp.array([0, 2, 3, 3], jnp.int32)),
+        "top_k": (functools.partial(top_k, k=3), jax.random.normal(jax.random.key(0), (192, 24))),
         "remote_exchange": (exchanged, tokens[:, None], tokens, jnp.array([0], jnp.int32), jnp.array([T], jnp.int32)),
     }
 

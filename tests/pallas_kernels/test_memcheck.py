@@ -22,6 +22,7 @@ KERNELS = {
     "gated_ffn, tall tiles": ("gated_ffn_hidden", "gated_ffn_dlhs", "grouped_matmul", "grouped_matmul_drhs"),
     "combine": ("spread_rows", "combine_rows", "combine_rows_gradients"),
     "few_rows": ("few_rows_products",),
+    "top_k": ("select_top_k",),
     "remote_exchange": ("send_rows", "collect_rows"),
 }
 

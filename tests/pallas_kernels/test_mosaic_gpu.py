@@ -349,6 +349,20 @@ def test_tall_tiles(transpose_rhs, capfd):
     assert not np.any(np.asarray(out)[400:])
 
 
+def test_long_sums_from_either_end(capfd, monkeypatch):
+    """As `test_tall_tiles`, three steps a tile, every second tile's taken from the last."""
+    monkeypatch.setattr(mosaic_gpu, "_LONG", 3)
+    pipeline, alternate = hopper.pipeline, []
+    monkeypatch.setattr(hopper, "pipeline", lambda *args: alternate.append(args[-1]) or pipeline(*args))
+    sizes = np.array([70, 330], np.int32)
+    lhs, rhs, grad = operands(sizes, 400, 192, 256)
+    metadata = group_metadata(jnp.asarray(sizes), 400)
+    args = lhs, rhs, jnp.asarray(sizes), metadata, False, jnp.bfloat16, Tiling(4, 4, blocks=2)
+    out = interpreted(lambda: mosaic_gpu.forward(*args), capfd, detect_races=False)
+    assert alternate == [True]
+    assert_close(out, exact(lhs, rhs, grad, sizes)[0])
+
+
 @pytest.mark.parametrize("K", [192, 320])
 def test_a_weight_gradient_in_tall_tiles(K, capfd):
     """192 rows of K and, at 320, 128 more, whose stage is another view of the same memory: see the races above."""
