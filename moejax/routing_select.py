@@ -42,7 +42,7 @@ def _select(scores: Array, k: int) -> tuple[Array, Array]:
     if jax.default_backend() == "gpu" and scores.size * num_experts <= _PAIRS:
         return _by_rank(scores, k)
     rows = jax.ShapeDtypeStruct((scores.size // num_experts, num_experts), scores.dtype)
-    if _on_one_device() and top_k.why_not(rows) is None:
+    if _on_one_device() and top_k.why_not(rows, k) is None:
         values, indices = top_k.top_k(scores.reshape(rows.shape), k)
         return values.reshape(*scores.shape[:-1], k), indices.reshape(*scores.shape[:-1], k)
     ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)

@@ -24,9 +24,9 @@ def top_k(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """
     if scores.ndim != 2 or not 1 <= k <= scores.shape[1]:
         raise ValueError(f"top_k: needs scores (T, E) and k in 1 … E; got {scores.dtype}{list(scores.shape)} and {k}")
-    reason = why_not(scores)
+    reason = why_not(scores, k)
     if reason is not None:
         raise NotImplementedError(
-            f"top_k: can't take {scores.dtype}{list(scores.shape)}: {reason}; jax.lax.top_k would"
+            f"top_k: can't take {scores.dtype}{list(scores.shape)}, k {k}: {reason}; jax.lax.top_k would"
         )
     return mosaic_gpu.top_k(scores, k)

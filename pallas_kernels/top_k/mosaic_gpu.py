@@ -3,7 +3,7 @@
 A block takes 64 rows; four neighbouring threads hold two of them in the layout of a warpgroup's products, so that a
 row's largest entry is a pass over a thread's own numbers and two exchanges among the four.
 
-Limits: Hopper; float32; T a multiple of 64, E of 8, at most 256.
+Limits: Hopper; float32; T a multiple of 64, E of 8, at most 256; k at most 32.
 """
 
 import jax
@@ -17,14 +17,17 @@ from pallas_kernels.vary import vary_alike
 
 _ROWS = 64
 _MOST = 256  # entries of a row: more would leave the registers
+_ROUNDS = 32  # each is code of its own to compile
 
 
-def why_not(scores) -> str | None:
+def why_not(scores, k: int) -> str | None:
     """None where the kernel here takes scores (T, E), which may be a shape and dtype alone; else what it needs."""
     if scores.dtype != jnp.float32:
         return "it needs float32"
     if scores.shape[0] % _ROWS or scores.shape[1] % 8 or scores.shape[1] > _MOST or 0 in scores.shape:
         return f"it needs T in multiples of {_ROWS} and E of 8, at most {_MOST}"
+    if k > _ROUNDS:
+        return f"it needs k of at most {_ROUNDS}"
     return None if grouped._hopper() else "it needs a Hopper GPU"
 
 

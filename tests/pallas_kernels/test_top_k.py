@@ -52,13 +52,14 @@ def test_bad_input(monkeypatch):
     for k in (0, 9):
         with pytest.raises(ValueError, match=rf"got float32\[64, 8\] and {k}"):
             top_k(jnp.zeros((64, 8)), k)
-    with pytest.raises(NotImplementedError, match=r"float32\[64, 8\]: it needs a Hopper GPU; jax.lax.top_k would"):
+    with pytest.raises(NotImplementedError, match=r"float32\[64, 8\], k 2: it needs a Hopper GPU; jax.lax.top_k would"):
         top_k(jnp.zeros((64, 8)), 2)
     monkeypatch.setattr("pallas_kernels.grouped_matmul.mosaic_gpu._hopper", lambda: True)
-    assert mosaic_gpu.why_not(jnp.zeros((64, 8))) is None
-    assert mosaic_gpu.why_not(jnp.zeros((64, 8), jnp.bfloat16)) == "it needs float32"
+    assert mosaic_gpu.why_not(jnp.zeros((64, 8)), 2) is None
+    assert mosaic_gpu.why_not(jnp.zeros((64, 8), jnp.bfloat16), 2) == "it needs float32"
     for shape in ((63, 8), (64, 12), (64, 264), (0, 8)):
-        assert mosaic_gpu.why_not(jnp.zeros(shape)) == "it needs T in multiples of 64 and E of 8, at most 256"
+        assert mosaic_gpu.why_not(jnp.zeros(shape), 2) == "it needs T in multiples of 64 and E of 8, at most 256"
+    assert mosaic_gpu.why_not(jnp.zeros((64, 64)), 33) == "it needs k of at most 32"
 
 
 @pytest.mark.gpu
