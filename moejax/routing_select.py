@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from moejax import sharding
 from moejax.errors import UserError
 from pallas_kernels import top_k
 
@@ -42,7 +43,7 @@ def _select(scores: Array, k: int) -> tuple[Array, Array]:
     if jax.default_backend() == "gpu" and scores.size * num_experts <= _PAIRS:
         return _by_rank(scores, k)
     rows = jax.ShapeDtypeStruct((scores.size // num_experts, num_experts), scores.dtype)
-    if _on_one_device() and top_k.why_not(rows, k) is None:
+    if sharding.on_one_device() and top_k.why_not(rows, k) is None:
         values, indices = top_k.top_k(scores.reshape(rows.shape), k)
         return values.reshape(*scores.shape[:-1], k), indices.reshape(*scores.shape[:-1], k)
     ids = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
@@ -59,14 +60,6 @@ def _select(scores: Array, k: int) -> tuple[Array, Array]:
     unroll = 2 if jax.default_backend() == "cpu" else 8
     _, (values, indices) = jax.lax.scan(one_round, nothing_taken, None, length=k, unroll=min(k, unroll))
     return jnp.moveaxis(values, 0, -1), jnp.moveaxis(indices, 0, -1)
-
-
-def _on_one_device() -> bool:
-    """Whether what is traced here runs on each device by itself: there is one, or every axis of the mesh is manual."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return jax.device_count() == 1
-    return mesh.size == 1 or mesh.are_all_axes_manual
 
 
 def _by_rank(scores: Array, k: int) -> tuple[Array, Array]:

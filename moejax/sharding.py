@@ -153,6 +153,14 @@ def splits(axis: str) -> bool:
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1
 
 
+def on_one_device() -> bool:
+    """Whether what is traced here runs on each device by itself: there is one, or every axis of the mesh is manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or mesh.are_all_axes_manual
+
+
 def platform() -> str:
     """Of the mesh in use where it tells, which may be of devices that aren't here; else of this machine's."""
     device = jax.sharding.get_abstract_mesh().abstract_device

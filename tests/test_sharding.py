@@ -178,3 +178,22 @@ def test_constraints_do_nothing_without_a_mesh_and_hold_with_one():
         assert sharding.batch_axes() == ("data", "fsdp")
         held = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "activation"))(x)
     assert held.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 3)
+
+
+def test_what_runs_on_each_device_by_itself():
+    asked = []
+
+    def ask(x):
+        asked.append(sharding.on_one_device())
+        return x
+
+    ask(None)  # no mesh, eight devices
+    for sizes in ({}, {"data": 2, "expert": 4}):
+        with jax.set_mesh(sharding.make_mesh(sizes)):
+            jax.jit(ask)(jnp.zeros(8))
+    part = PartitionSpec(("data", "expert"))
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "expert": 4})):
+        jax.jit(sharding.on_each_device(ask, part, part))(jnp.zeros(8))
+        data = PartitionSpec("data")
+        jax.jit(jax.shard_map(ask, in_specs=data, out_specs=data, axis_names={"data"}))(jnp.zeros(8))
+    assert asked == [False, True, False, True, False]

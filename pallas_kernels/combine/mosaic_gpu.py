@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul import mosaic_gpu as products
-from pallas_kernels.vary import vary_alike
+from pallas_kernels.plain_kernel import run
 
 _WIDEST = 2048  # columns of a block
 _THREADS = 128
@@ -48,7 +48,7 @@ def combine(rows, slot, weight):
 
     weights = () if weight is None else (weight,)
     shape = jax.ShapeDtypeStruct((T, D), rows.dtype)
-    return _call("combine_rows", body, T * (D // width), shape, slot.reshape(-1), rows, *weights)
+    return run("combine_rows", body, {"block": T * (D // width)}, shape, slot.reshape(-1), rows, *weights)
 
 
 def spread(x, slot, num_rows):
@@ -68,7 +68,7 @@ def spread(x, slot, num_rows):
             pl.when(row < num_rows)(store)
 
     shape = jax.ShapeDtypeStruct((num_rows, D), x.dtype)
-    return _call("spread_rows", body, T * (D // width), shape, slot.reshape(-1), x)
+    return run("spread_rows", body, {"block": T * (D // width)}, shape, slot.reshape(-1), x)
 
 
 def combine_gradients(rows, slot, weight, grad):
@@ -99,7 +99,8 @@ def combine_gradients(rows, slot, weight, grad):
 
     shapes = jax.ShapeDtypeStruct((R, D), rows.dtype), jax.ShapeDtypeStruct((T * K,), jnp.float32)
     slot = slot.reshape(-1)
-    drows, by_choice = _call("combine_rows_gradients", body, T * K, shapes, slot, rows, weight, grad.astype(rows.dtype))
+    args = slot, rows, weight, grad.astype(rows.dtype)
+    drows, by_choice = run("combine_rows_gradients", body, {"block": T * K}, shapes, *args)
     dweight = jnp.zeros_like(weight).at[slot].set(by_choice, mode="drop", unique_indices=True)
     return drows, dweight
 
@@ -128,19 +129,3 @@ def _place(D: int, width: int):
     block = lax.axis_index("block")
     chunks = jnp.int32(D // width)
     return lax.div(block, chunks), pl.ds(lax.rem(block, chunks) * width, width)
-
-
-def _call(name, body, blocks, shapes, *args):
-    kernel = plgpu.kernel(
-        body,
-        out_type=shapes,
-        grid=(blocks,),
-        grid_names=("block",),
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # no thread reads what another wrote
-        ),
-    )
-    # the kernel's own types know of no mesh
-    return jax.tree.map(lambda out: vary_alike(out, args[0])[0], kernel(*args))

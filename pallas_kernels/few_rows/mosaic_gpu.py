@@ -11,13 +11,12 @@ import functools
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.combine.mosaic_gpu import load, widest
 from pallas_kernels.grouped_matmul import mosaic_gpu as grouped
-from pallas_kernels.vary import vary_alike
+from pallas_kernels.plain_kernel import run
 
 _WIDTH = 1024  # columns of a block: 16 bytes a thread
 _BLOCKS = 256  # at least, where there are terms enough: two for each multiprocessor
@@ -59,18 +58,8 @@ def products(rows, chosen, kernels):
             pl.when(which == i)(functools.partial(sum_part, weight, out))
 
     shape = jax.ShapeDtypeStruct((R, parts, N), jnp.float32)
-    kernel = plgpu.kernel(
-        body,
-        out_type=(shape,) * len(kernels),
-        grid=(len(kernels), R * parts * chunks),
-        grid_names=("kernel", "block"),
-        kernel_name="few_rows_products",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # no thread reads what another wrote
-        ),
-    )
-    return tuple(vary_alike(out, rows)[0] for out in kernel(rows.reshape(-1), chosen, *kernels))
+    grid = {"kernel": len(kernels), "block": R * parts * chunks}
+    return run("few_rows_products", body, grid, (shape,) * len(kernels), rows.reshape(-1), chosen, *kernels)
 
 
 def _parts(blocks: int, A: int) -> int:

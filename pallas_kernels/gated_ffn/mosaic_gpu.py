@@ -16,6 +16,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import plain_kernel
 from pallas_kernels.combine.mosaic_gpu import load, widest
 from pallas_kernels.grouped_matmul import hopper, schedule, tilings
 from pallas_kernels.grouped_matmul.hopper import COLUMNS, Tiling
@@ -222,17 +223,6 @@ def gradients(activation, a, b, dhidden, metadata: GroupMetadata, scale=None):
 
         lax.fori_loop(0, lax.div(ends[ends.shape[0] - 1] - block + blocks - 1, jnp.int32(blocks)), row, None)
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=(jax.ShapeDtypeStruct((M, F), a.dtype),) * 3 + (jax.ShapeDtypeStruct((M,), jnp.float32),) * scaled,
-        grid=(blocks,),
-        grid_names=("block",),
-        kernel_name="gated_ffn_gradients",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            approx_math=True,
-            unsafe_no_auto_barriers=True,  # no thread reads what another wrote, but in sums, which have their own
-        ),
-    )
-    results = kernel(metadata.ends, a, b, dhidden, *((scale,) if scaled else ()))
-    return tuple(vary_alike(result, a)[0] for result in results)
+    shapes = (jax.ShapeDtypeStruct((M, F), a.dtype),) * 3 + (jax.ShapeDtypeStruct((M,), jnp.float32),) * scaled
+    args = metadata.ends, a, b, dhidden, *((scale,) if scaled else ())
+    return plain_kernel.run("gated_ffn_gradients", body, {"block": blocks}, shapes, *args, approximate=True)

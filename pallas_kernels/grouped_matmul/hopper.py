@@ -159,8 +159,8 @@ def pipeline(t: Tiling, tiles, steps, load, compute, ready, free, alternate=Fals
             def step(k, _):
                 place = slot(base + k)
                 pl.when(base + k >= t.stages)(lambda: plgpu.barrier_wait(free.at[place]))
-                turned = jnp.where(odd == 1, steps(tile) - 1 - k, k) if alternate else k
-                load(tile, turned, place, ready.at[odd * t.stages + place])
+                which = jnp.where(odd == 1, steps(tile) - 1 - k, k) if alternate else k
+                load(tile, which, place, ready.at[odd * t.stages + place])
 
             lax.fori_loop(0, steps(tile), step, None)
 

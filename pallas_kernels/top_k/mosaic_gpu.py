@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul import mosaic_gpu as grouped
-from pallas_kernels.vary import vary_alike
+from pallas_kernels.plain_kernel import run
 
 _ROWS = 64
 _MOST = 256  # entries of a row: more would leave the registers
@@ -50,18 +50,8 @@ def top_k(scores, k):
             indices[rows, i] = index
             taken = jnp.where(number == _across(index, E), 1, taken)
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=(jax.ShapeDtypeStruct((T, k), jnp.float32), jax.ShapeDtypeStruct((T, k), jnp.int32)),
-        grid=(T // _ROWS,),
-        grid_names=("block",),
-        kernel_name="select_top_k",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # no thread reads what another wrote
-        ),
-    )
-    return tuple(vary_alike(out, scores)[0] for out in kernel(scores))
+    shapes = tuple(jax.ShapeDtypeStruct((T, k), dtype) for dtype in (jnp.float32, jnp.int32))
+    return run("select_top_k", body, {"block": T // _ROWS}, shapes, scores)
 
 
 def _across(column, E):
