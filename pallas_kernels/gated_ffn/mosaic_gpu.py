@@ -92,18 +92,15 @@ def _hidden_kernel(
         return (column * 2 + lax.axis_index("pair")) * _HALF
 
     def load(tile, k, slot, barrier):
-        group, row, _, stop, column, _ = tile
-        step, wide = pl.ds(k * _STEP, _STEP), pl.ds(first_column(column), _HALF)
-        hopper.load_rows(rows, row * 8, step, stop, tile, heights, box, a.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(gate.at[group, step, wide], b.at[slot], barrier)
-        plgpu.copy_gmem_to_smem(up.at[group, step, wide], c.at[slot], barrier)
+        step, wide = pl.ds(k * _STEP, _STEP), pl.ds(first_column(tile.column), _HALF)
+        hopper.load_rows(rows, tile, step, heights, box, 1, a.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(gate.at[tile.group, step, wide], b.at[slot], barrier)
+        plgpu.copy_gmem_to_smem(up.at[tile.group, step, wide], c.at[slot], barrier)
 
     def compute(wg, tile, accumulate):
         hopper.by_height(tile, heights, lambda height: multiply(wg, tile, accumulate, height))
 
     def multiply(wg, tile, accumulate, height):
-        _, row, start, stop, column, _ = tile
-
         def operands(_, slot):
             turned = a.at[slot, pl.ds(0, height)].transpose((1, 0))
             return (b.at[slot].transpose((1, 0)), turned), (c.at[slot].transpose((1, 0)), turned)
@@ -113,19 +110,19 @@ def _hidden_kernel(
                 piece(r, gated[:, r : r + 64], other[:, r : r + 64])
 
         def piece(r, gated, other):
-            at, whole = (row * 8 + r, first_column(column)), activation(gated) * other
+            at, whole = (tile.row * 8 + r, first_column(tile.column)), activation(gated) * other
             for scale in scales:
-                mine = scale.at[pl.ds(row * 8 + r, 64)]
+                mine = scale.at[pl.ds(tile.row * 8 + r, 64)]
                 by_row = plgpu.load(mine, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)  # from global memory
                 whole *= lax.broadcast_in_dim(by_row, whole.shape, (1,))
             for n, (out, value) in enumerate(zip(outs, (whole, gated, other)[:outputs], strict=True)):
                 value, turn = value.astype(out.dtype), r * outputs + n * 64
-                here = start - r, stop - r, staging.at[wg], plain.at[wg]
+                here = tile.start - r, tile.stop - r, staging.at[wg], plain.at[wg]
                 hopper.store_rows(value, out, at, *here, turn=turn, turned=True)
 
         accumulate(operands, store, ((_HALF, height),) * 2)
 
-    steps = lambda tile: jnp.where(tile[0] < E, depth, 0)  # noqa: E731
+    steps = lambda tile: jnp.where(tile.lead < E, depth, 0)  # noqa: E731
     hopper.pipeline(t, plan, steps, load, compute, ready, free)
 
 
@@ -149,28 +146,25 @@ def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, st
     heights, plan = hopper.walk_rows(t, count, tiles, a.shape[1], E, columns, D)
 
     def load(tile, k, slot, barrier):
-        group, row, _, stop, column, _ = tile
-
         def take(rows, weights, k):
             step = pl.ds(k * _STEP, _STEP)
-            hopper.load_rows(rows, row * 8, step, stop, tile, heights, box, a.at[slot], barrier)
+            hopper.load_rows(rows, tile, step, heights, box, D, a.at[slot], barrier)
 
             def some(first, width):
-                target = b.at[slot, pl.ds(0, width)]
-                plgpu.copy_gmem_to_smem(weights.at[group, pl.ds(first, width), step], target, barrier)
+                its = weights.at[hopper.weights_of(tile, E), pl.ds(first, width), step]
+                plgpu.copy_gmem_to_smem(its, b.at[slot, pl.ds(0, width)], barrier)
 
-            hopper.place_columns(column, hopper.half_of(tile, heights), D, some)
+            hopper.place_columns(tile, heights, D, some)
 
         pl.when(k < depth)(lambda: take(dgate, gate, k))
         pl.when(k >= depth)(lambda: take(dup, up, k - depth))
 
     def compute(wg, tile, accumulate):
-        _, row, start, stop, column, _ = tile
-
         def multiply(first, width, rows):
             def store(acc):
-                pieces = staging.at[wg], plain.at[wg]
-                hopper.store_rows(acc.astype(out.dtype), out, (row * 8, first), start, stop, *pieces)
+                at, pieces = (tile.row * 8, first), (staging.at[wg], plain.at[wg])
+                acc = hopper.nobodys_zeros(acc.astype(out.dtype), tile, E, heights, D)
+                hopper.store_rows(acc, out, at, tile.start, tile.stop, *pieces)
 
             def operands(_, slot):
                 return ((a.at[slot, pl.ds(0, rows)], b.at[slot, pl.ds(0, width)].transpose((1, 0))),)
@@ -178,12 +172,11 @@ def _dlhs_kernel(t: Tiling, count, tiles, dgate, dup, gate, up, out, *, a, b, st
             accumulate(operands, store, ((rows, width),))
 
         def of(height):
-            body = functools.partial(multiply, rows=height)
-            hopper.place_columns(column, hopper.half_of(tile, heights), D, body)
+            hopper.place_columns(tile, heights, D, functools.partial(multiply, rows=height))
 
         hopper.by_height(tile, heights, of)
 
-    steps = lambda tile: jnp.where(tile[0] < E, 2 * depth, 0)  # noqa: E731
+    steps = lambda tile: jnp.where(tile.lead < E, 2 * depth, 0)  # noqa: E731
     hopper.pipeline(t, plan, steps, load, compute, ready, free)
 
 

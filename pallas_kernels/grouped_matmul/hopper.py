@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -89,8 +90,8 @@ def dealt_both(t: Tiling, lists, info, turn=schedule.round_robin):
     """`dealt` of two lists of tiles, the taller and the lower ones: a cluster gets its share of each, so that none has
     more to multiply, and takes them in one order.
 
-    lists: two of (count, head), where head(lin) -> (place in the order, what info needs). info(…) -> a tile's scalars;
-    behind them comes whether it is of the first list.
+    lists: two of (count, head), where head(lin) -> (place in the order, what info needs). info(…, whether it is of the
+    first list) -> a tile's scalars.
     """
     clusters, block = t.blocks // 2, lax.axis_index("block")
     rest = lax.rem(jnp.int32(lists[0][0]), jnp.int32(clusters))
@@ -107,9 +108,9 @@ def dealt_both(t: Tiling, lists, info, turn=schedule.round_robin):
     def take(state):
         (place, tall), (other, flat) = (next_of(i, *one) for i, one in zip(state, lists, strict=True))
         first = place <= other
-        one = info(*(jnp.where(first, a, b) for a, b in zip(tall, flat, strict=True)))
         step = first.astype(jnp.int32)
-        return (*one, step), (state[0] + step, state[1] + 1 - step)
+        one = info(*(jnp.where(first, a, b) for a, b in zip(tall, flat, strict=True)), step)
+        return one, (state[0] + step, state[1] + 1 - step)
 
     mine = sum(schedule.turns(count, nth, clusters) for nth, count, _ in lists)
     return mine, (jnp.int32(0), jnp.int32(0)), take
@@ -203,43 +204,68 @@ def pipeline(t: Tiling, tiles, steps, load, compute, ready, free, alternate=Fals
     lax.cond(wg == 2, producer, lambda: consumer(wg))  # one piece of code for both
 
 
+class RowTile(NamedTuple):
+    """Scalars of a row tile times columns, i32: its group, first row / 8, the first and the last + 1 of its rows that
+    count, its pair of columns, and half: 0, or 1 or 2 where it is taken in halves of its columns; None: none is.
+
+    lead: whose products the cluster sums, or none past E: the group, but where each block has a tile of its own
+    (`own_rows`) the first block's. tall: whether it is of the first of two lists.
+    """
+
+    group: jax.Array
+    row: jax.Array
+    start: jax.Array
+    stop: jax.Array
+    column: jax.Array
+    half: jax.Array | None
+    lead: jax.Array
+    tall: jax.Array
+
+
 def walk_rows(t: Tiling, counts, tiles, rows: int, E: int, columns: int, N: int = 1):
     """(heights of the tiles, `tiles` of `pipeline`) over the row tiles (T, 7) of `schedule.row_tiles` times `columns`.
 
-    rows: of a stage. A tile's scalars: group, first row / 8, the first and the last + 1 of its rows that count, column,
-    and half: 0, or 1 or 2 where a last round of tiles is taken in halves of their columns, whole pairs of N. Tall tiles
-    have no halves: there the last says whether it is one.
+    rows: of a stage. A tile's scalars are a `RowTile`.
     """
-
-    def place(lin, count, first=0):
-        last = jnp.maximum(count - 1, 0)
-        some = first + jnp.minimum(lax.div(lin, jnp.int32(columns)), last)
-        tile, column = schedule.place(lin, tiles[some, 4], tiles[some, 5], columns)
-        return some, first + jnp.minimum(tile, last), column
-
-    def scalars(tile, column):
-        return *(tiles[tile, i] for i in range(4)), column
-
     if rows == schedule.TALL:
-
-        def head(lin, count, first):
-            some, tile, column = place(lin, count, first)
-            return tiles[some, 6] * columns + column, (tile, column)
-
-        firsts = 0, tiles.shape[0] - schedule.most_low(E)
-        lists = [
-            (counts[i] * columns, functools.partial(head, count=counts[i], first=first))
-            for i, first in enumerate(firsts)
-        ]
-        return (rows, schedule.ROWS), dealt_both(t, lists, scalars)
-
+        return (rows, schedule.ROWS), _walk_both(t, counts, tiles, E, columns, own_rows(N, rows))
     turns, whole = in_halves(counts[0] * columns, tiles.shape[0] * columns, N, t)
 
     def info(lin):
-        lin, half = (lin, jnp.int32(0)) if whole is None else schedule.half_of(lin, whole)
-        return *scalars(*place(lin, counts[0])[1:]), half
+        lin, half = (lin, None) if whole is None else schedule.half_of(lin, whole)
+        last = jnp.maximum(counts[0] - 1, 0)
+        some = jnp.minimum(lax.div(lin, jnp.int32(columns)), last)
+        tile, column = schedule.place(lin, tiles[some, 4], tiles[some, 5], columns)
+        group, row, start, stop = (tiles[jnp.minimum(tile, last), i] for i in range(4))
+        return RowTile(group, row, start, stop, column, half, group, jnp.int32(0))
 
     return (rows,), dealt(t, turns, info)
+
+
+def _walk_both(t: Tiling, counts, tiles, E: int, columns: int, own: bool):
+    """`walk_rows` of tall and low tiles; own: `own_rows`."""
+    sweep_of, place = (schedule.own_sweep, schedule.place_own) if own else (lax.div, schedule.place)
+    turns = [schedule.own_turns(counts[i], columns) if own else counts[i] * columns for i in range(2)]
+    firsts = 0, tiles.shape[0] - schedule.most_low(E)
+
+    def head(lin, count, first):
+        last = jnp.maximum(count - 1, 0)
+        some = first + jnp.minimum(sweep_of(lin, jnp.int32(columns)), last)
+        tile, column = place(lin, tiles[some, 4], tiles[some, 5], columns)
+        return tiles[some, 6] * columns + column, (first + jnp.minimum(tile, last), column)
+
+    def info(tile, column, tall):
+        mine = last = tile
+        if own:
+            mine = tile + jnp.where(column == columns - 1, lax.axis_index("pair"), 0)
+            last = jnp.where(tall == 1, counts[0], firsts[1] + counts[1]) - 1
+        group, row, start, stop = (tiles[jnp.minimum(mine, last), i] for i in range(4))
+        if own:
+            start = jnp.where(mine > last, stop, start)  # no rows: of an odd number of tiles the last is alone
+        return RowTile(group, row, start, stop, column, None, tiles[tile, 0] if own else group, tall)
+
+    heads = [functools.partial(head, count=counts[i], first=firsts[i]) for i in range(2)]
+    return dealt_both(t, list(zip(turns, heads, strict=True)), info)
 
 
 def box(M: int, E: int) -> int:
@@ -252,13 +278,19 @@ def stored_rows(M: int) -> int:
     return M if M < 64 else pl.cdiv(M, 8) * 8
 
 
-def load_rows(rows, row, step, stop, tile, heights, most: int, stage, barrier):
-    """A tile's rows from `row` on, at most `most`, to both blocks of the pair. Of one that isn't tall those up to
-    `stop`, by 32s or halves of less; beside tall tiles by halves, as the loading warp has no registers for more."""
+def load_rows(rows, tile: RowTile, step, heights, most: int, N: int, stage, barrier):
+    """A tile's rows, at most `most`, to both blocks of the pair, or to each its own (`own_rows`). Of one that isn't
+    tall those up to its last, by 32s or halves of less; beside tall tiles by halves, as the loading warp has no
+    registers for more."""
 
     def take(size):
-        target = stage.at[pl.ds(0, size)]
-        plgpu.copy_gmem_to_smem(rows.at[pl.ds(row, size), step], target, barrier, collective_axes="pair")
+        source, target = rows.at[pl.ds(tile.row * 8, size), step], stage.at[pl.ds(0, size)]
+        both = functools.partial(plgpu.copy_gmem_to_smem, source, target, barrier, collective_axes="pair")
+        if not own_rows(N, heights[0]):
+            return both()
+        last = N // (2 * COLUMNS)
+        pl.when(tile.column < last)(both)
+        pl.when(tile.column == last)(functools.partial(plgpu.copy_gmem_to_smem, source, target, barrier))
 
     def of(height):
         size = min(height, most)
@@ -267,9 +299,21 @@ def load_rows(rows, row, step, stop, tile, heights, most: int, stage, barrier):
         else:
             unit = size // 2 if len(heights) > 1 else min(size // 2, 32)
             for some in range(unit, size + 1, unit):
-                pl.when((stop > some - unit) & (stop <= some))(functools.partial(take, some))
+                pl.when((tile.stop > some - unit) & (tile.stop <= some))(functools.partial(take, some))
 
     by_height(tile, heights, of)
+
+
+def weights_of(tile: RowTile, E: int):
+    """The group whose weights a tile reads; rows of nobody in a pair whose other tile has a group read some too."""
+    return jnp.minimum(tile.group, E - 1)
+
+
+def nobodys_zeros(acc, tile: RowTile, E: int, heights, N: int):
+    """acc, or zeros where the other block's tile has a group and this block's (`own_rows`) has none."""
+    if not own_rows(N, heights[0]):
+        return acc
+    return jnp.where(lax.broadcast(tile.group < E, acc.shape), acc, jnp.zeros_like(acc))
 
 
 def first_column(column, width=COLUMNS):
@@ -288,22 +332,26 @@ def in_halves(count, most: int, N: int, t: Tiling):
     return schedule.halves(count, clusters)
 
 
-def half_of(tile, heights):
-    """The half of its columns that a tile of walk_rows is; None where there are none."""
-    return tile[-1] if len(heights) == 1 else None
+def own_rows(N: int, rows: int) -> bool:
+    """Whether N's last 128 columns are taken by two tall or low tiles at once, one a block, not by 64 columns each."""
+    return rows == schedule.TALL and N % (2 * COLUMNS) == COLUMNS
 
 
-def place_columns(column, half, N: int, body):
+def place_columns(tile: RowTile, heights, N: int, body):
     """body(first column, width) of this block's tile, or of its share of a half; the two blocks share what is left for
-    the last pair of N. half: see walk_rows; None where there are none."""
+    the last pair of N, or have rows of their own there (`own_rows`)."""
     narrow = COLUMNS // 2
     last, rest = divmod(N, 2 * COLUMNS)
-    if rest not in ((narrow, COLUMNS) if half is None else (0, narrow, COLUMNS)):
-        return body(first_column(column), COLUMNS)
-    some, all_of_it = (column == last, column < last) if rest else (half > 0, half == 0)
-    half = 0 if half is None else half
-    pl.when(some)(lambda: body(first_column(column, narrow) + jnp.maximum(half - 1, 0) * COLUMNS, narrow))
-    pl.when(all_of_it)(lambda: body(first_column(column), COLUMNS))
+    if own_rows(N, heights[0]):
+        return body(jnp.where(tile.column == last, last * 2 * COLUMNS, first_column(tile.column)), COLUMNS)
+    if rest in (narrow, COLUMNS):
+        some, all_of_it, right = tile.column == last, tile.column < last, jnp.int32(0)
+    elif tile.half is not None:
+        some, all_of_it, right = tile.half > 0, tile.half == 0, jnp.maximum(tile.half - 1, 0)
+    else:
+        return body(first_column(tile.column), COLUMNS)
+    pl.when(some)(lambda: body(first_column(tile.column, narrow) + right * COLUMNS, narrow))
+    pl.when(all_of_it)(lambda: body(first_column(tile.column), COLUMNS))
 
 
 def store_whole(acc, out, at, stages, turn, turned=False):

@@ -138,3 +138,23 @@ def place(lin, sweep, size, columns: int):
     """(tile, column) of the linear index `lin` within its sweep: down the rows first, then on to the next column."""
     within = lin - sweep * columns
     return sweep + lax.rem(within, size), lax.div(within, size)
+
+
+def own_turns(count, columns: int):
+    """Turns of `count` tiles whose last column is taken by two tiles at once, 2p and 2p + 1: one of them alone too."""
+    return count * (columns - 1) + lax.div(count + 1, jnp.int32(2))
+
+
+def own_sweep(lin, columns):
+    """A tile of the sweep that the turn `lin` belongs to: a pair is of the sweep of its second tile, so that one that
+    begins with tile f has (columns - 1) f + floor(f / 2) turns before it."""
+    return lax.div(2 * lin + 1, 2 * columns - 1)
+
+
+def place_own(lin, sweep, size, columns: int):
+    """`place`, by the turns of `own_turns`; in the last column the first tile of a pair."""
+    before = lax.div(sweep, jnp.int32(2))
+    within = lin - (sweep * (columns - 1) + before)
+    whole = size * (columns - 1)
+    tile = jnp.where(within < whole, sweep + lax.rem(within, size), 2 * (before + within - whole))
+    return tile, jnp.where(within < whole, lax.div(within, size), columns - 1)

@@ -16,7 +16,7 @@ from pallas_kernels.grouped_matmul.hopper import Tiling
 FILE = Path(__file__).with_suffix(".json")
 BUCKETS = {"forward": ("few rows", "short sums", "long sums", "many rows"), "drhs": ("short sums", "long sums")}
 _MEASURED = "NVIDIA H200"  # whose tilings a chip takes that has none of its own
-_SHORT = 1024  # terms
+_SHORT = {"forward": 1024, "drhs": 512}  # terms
 
 
 def bucket(op: str, rows: int, depth: int) -> str:
@@ -25,7 +25,7 @@ def bucket(op: str, rows: int, depth: int) -> str:
         return "few rows"
     if op == "forward" and rows == schedule.TALL:
         return "many rows"
-    return "short sums" if depth <= _SHORT else "long sums"
+    return "short sums" if depth <= _SHORT[op] else "long sums"
 
 
 def pick(op: str, rows: int, depth: int) -> Tiling:

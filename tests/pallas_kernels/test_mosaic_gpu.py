@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -262,27 +263,37 @@ def test_row_tiles_cover_every_row_once(seed):
 
 
 @pytest.mark.parametrize("clusters", [1, 2, 5])
-@pytest.mark.parametrize("columns", [1, 3])
-def test_tall_and_low_tiles_are_dealt_evenly_and_in_order(clusters, columns, monkeypatch):
-    """Every tile and column once; no two clusters are more than a tall one apart; groups in their order."""
+@pytest.mark.parametrize("N", [192, 768, 128, 640])
+def test_tall_and_low_tiles_are_dealt_evenly_and_in_order(clusters, N, monkeypatch):
+    """Every row's every column once, groups in their order, no two clusters more than a tall tile apart. Both blocks of
+    a cluster go through as many stages, also where they have rows of their own (128 and 640 columns)."""
     sizes, M = drawn(5)
     ends = np.cumsum(sizes)
     counts, tiles = schedule.row_tiles(jnp.asarray(ends - sizes, jnp.int32), jnp.asarray(ends, jnp.int32), M)
-    taken, loads = [], []
-    for cluster in range(clusters):
-        monkeypatch.setattr(hopper.lax, "axis_index", lambda _, cluster=cluster: jnp.int32(cluster))
-        tiling = Tiling(4, 4, blocks=2 * clusters)
-        heights, (mine, state, take) = hopper.walk_rows(tiling, counts, tiles, 192, 9, columns)
+    taken, loads = np.zeros((M, N), int), []
+    for cluster, pair in itertools.product(range(clusters), range(2)):
+        at = {"block": jnp.int32(cluster), "pair": jnp.int32(pair)}
+        monkeypatch.setattr(hopper.lax, "axis_index", at.get)
+        columns, rounds = -(-N // 256), Tiling(4, 4, blocks=2 * clusters)
+        heights, (mine, state, take) = hopper.walk_rows(rounds, counts, tiles, 192, 9, columns, N)
         assert heights == (192, 128)
-        ours = []
+        load, leads, groups = 0, [], []
         for _ in range(int(mine)):
             tile, state = take(state)
-            ours.append(tuple(map(int, tile)))
-        assert [tile[0] for tile in ours] == sorted(tile[0] for tile in ours)
-        loads.append(sum(3 if tile[-1] else 2 for tile in ours))
-        taken += ours
-    assert len(set(taken)) == len(taken) == int(counts.sum()) * columns
-    assert max(loads) - min(loads) <= 3
+            leads.append(int(tile.lead))
+            groups.append(int(tile.group))
+
+            def body(first, width, tile=tile):
+                taken[tile.row * 8 + tile.start : tile.row * 8 + tile.stop, int(first) : int(first) + width] += 1
+
+            monkeypatch.setattr(hopper.pl, "when", lambda condition: lambda some: condition and some())
+            hopper.place_columns(tile, heights, N, body)
+            load += 3 if tile.tall else 2
+        assert pair == 0 or groups == sorted(groups)  # a pair of two groups has the place of its second
+        loads.append((load, leads))
+    assert (taken == 1).all()
+    assert loads[::2] == loads[1::2]
+    assert max(loads)[0] - min(loads)[0] <= 3
 
 
 @pytest.mark.parametrize("turn", [schedule.round_robin, schedule.back_and_forth])
@@ -335,13 +346,16 @@ def test_a_last_round_in_halves(transpose_rhs, capfd):
     assert_close(out, exact(lhs, rhs, grad, sizes)[0])
 
 
-@pytest.mark.parametrize("transpose_rhs", [False, True])
-def test_tall_tiles(transpose_rhs, capfd):
-    """Two clusters; of the first group one tile of 128, of the second two of 192, of nobody's 8 rows one of 128. The
-    last pair of 384 columns is 64 of each block. See test_a_last_round_in_halves about races."""
+@pytest.mark.parametrize("M, N, transpose_rhs", [(408, 384, False), (400, 384, True), (408, 320, True)])
+def test_tall_tiles(M, N, transpose_rhs, capfd):
+    """Two clusters; of the first group one tile of 128, of the second two of 192, of nobody's 8 rows one of 128.
+
+    The last 128 of 384 columns are taken by the two of 192 at once, a block each, and by those of 128, or by the one
+    there is; the last 64 of 320 by one block. See test_a_last_round_in_halves about races.
+    """
     sizes = np.array([70, 330], np.int32)
-    lhs, rhs, grad = operands(sizes, 408, 64, 384)
-    metadata = group_metadata(jnp.asarray(sizes), 408)
+    lhs, rhs, grad = operands(sizes, M, 64, N)
+    metadata = group_metadata(jnp.asarray(sizes), M)
     weights = jnp.swapaxes(rhs, 1, 2) if transpose_rhs else rhs
     args = lhs, weights, jnp.asarray(sizes), metadata, transpose_rhs, jnp.bfloat16, Tiling(4, 4, blocks=4)
     out = interpreted(lambda: mosaic_gpu.forward(*args), capfd, detect_races=transpose_rhs)
@@ -452,11 +466,11 @@ def _value_and_gradients(lhs, rhs, grad, sizes, transpose_rhs=False):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("M", [1000, 3000])
-def test_random_sizes_on_a_gpu(M):
-    """200 draws at one compiled shape, tiles of 128 rows or also 192: values and both gradients, bit-equal in three
-    runs."""
-    E, K, N = 12, 192, 320
+@pytest.mark.parametrize("M, K", [(1000, 192), (3000, 384)])
+def test_random_sizes_on_a_gpu(M, K):
+    """200 draws at one compiled shape, tiles of 128 rows or also 192, with pairs of them in the last of K's columns:
+    values and both gradients, bit-equal in three runs."""
+    E, N = 12, 320
     rng = np.random.default_rng(0)
     for draw in range(200):
         total = M if draw % 2 else int(rng.integers(0, M + 1))
