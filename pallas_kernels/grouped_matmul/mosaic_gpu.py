@@ -233,46 +233,65 @@ def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
 def _walk_drhs(t: Tiling, by_size, parts, E: int, K: int, columns: int):
     """(heights of the tiles, `tiles` of `hopper.pipeline`) over a weight gradient's tiles: the groups largest first.
 
+    Tall tiles, and low ones for the rest of K; large groups have low ones alone, which are more and shorter: with a
+    third of all rows in one group, its tall tiles are as many as a third or half of the clusters, and each as long as
+    half of a cluster's share of everything.
+
     A tile's scalars: group, first row of K / 64, column, of every part its first row / 8, first row and last + 1, and
     last, where there are two heights, whether it is a tall one.
     """
-    high, low = schedule.heights(pl.cdiv(K, 64))
-    sweeps = max(pl.cdiv(high, schedule.TALL_WIDTH), 1)
-    sweep = max(pl.cdiv(high, sweeps), 1)
+    units, heights, turn = pl.cdiv(K, 64), drhs_heights(K), schedule.back_and_forth
+    high, low = schedule.heights(units)
+    pairs = units // 2 if high and not units % 2 else 0  # low tiles of a large group
+    large = by_size[E] if pairs else jnp.int32(0)
+    sweeps, of_large = max(pl.cdiv(high, schedule.TALL_WIDTH), 1), max(pl.cdiv(pairs, schedule.WIDTH), 1)
+    most = max(sweeps, of_large)
 
-    def place(lin, each, sweep):
-        """Of a list with `each` tiles a group: which group, which sweep of it, tile and column."""
-        nth = jnp.minimum(lax.div(lin, jnp.int32(each * columns)), E - 1)
+    def place(lin, before, each, sweeps, last=0):
+        """Of groups after the `before` first, with `each` tiles a group: a tile's place in the order, its group's place
+        by size, its number and column. sweeps: of a group; last: how many of its sweeps come before these."""
+        sweep = max(pl.cdiv(each, sweeps), 1)
+        nth = jnp.minimum(lax.div(lin, jnp.int32(max(each, 1) * columns)), E - 1)
         within = lin - nth * (each * columns)
         of = lax.div(within, jnp.int32(sweep * columns))
-        return nth, of, *schedule.place(within, of * sweep, jnp.clip(each - of * sweep, 1, sweep), columns)
+        tile, column = schedule.place(within, of * sweep, jnp.clip(each - of * sweep, 1, sweep), columns)
+        return ((before + nth) * most + of + last) * columns + column, before + nth, tile, column
 
     def tall(lin):
-        nth, of, tile, column = place(lin, high, sweep)
-        return (nth * sweeps + of) * columns + column, (nth, tile * (_TALL // 64), column)
+        order, nth, tile, column = place(lin, large, high, sweeps)
+        return order, (nth, tile * (_TALL // 64), column)
 
     def flat(lin):
-        nth, _, tile, column = place(lin, low, low)
-        first = (high * _TALL + tile * _ROWS) // 64
-        return (nth * sweeps + sweeps - 1) * columns + column, (nth, first, column)
+        of_them = large * (pairs * columns)
+        order, nth, tile, column = place(lin - of_them, large, low, 1, sweeps - 1)
+        found = order, nth, high * (_TALL // 64) + tile * (_ROWS // 64), column
+        if pairs:
+            order, nth, tile, column = place(lin, 0, pairs, of_large)
+            its = order, nth, tile * (_ROWS // 64), column
+            order, *what = (jnp.where(lin < of_them, one, other) for one, other in zip(its, found, strict=True))
+            return order, what
+        return order, found[1:]
 
     def scalars(nth, first, column, tall):
-        group = by_size[nth]
+        group = by_size[jnp.minimum(nth, E - 1)]
         rows = [(lax.div(starts[group], jnp.int32(8)), starts[group], ends[group]) for starts, ends, *_ in parts]
         return group, first, column, *(number for part in rows for number in part), tall
 
-    turn = schedule.back_and_forth
-    lists = [(E * columns * each, head) for each, head in ((high, tall), (low, flat)) if each]
-    if len(lists) == 2:
-        return drhs_heights(K), hopper.dealt_both(t, lists, scalars, turn)
-    ((count, head),) = lists
+    others = E - large
+    if len(heights) == 2:
+        counts = others * (high * columns), large * (pairs * columns) + others * (low * columns)
+        return heights, hopper.dealt_both(t, list(zip(counts, (tall, flat), strict=True)), scalars, turn)
+    count, head = (high, tall) if high else (low, flat)
     alone = functools.partial(scalars, tall=jnp.int32(0))
-    return drhs_heights(K), hopper.dealt(t, count, lambda lin: alone(*head(lin)[1]), turn)
+    return heights, hopper.dealt(t, E * columns * count, lambda lin: alone(*head(lin)[1]), turn)
 
 
 def drhs_heights(K: int) -> tuple[int, ...]:
     """Of a weight gradient's tiles, the tallest first."""
-    return tuple(rows for rows, count in zip((_TALL, _ROWS), schedule.heights(pl.cdiv(K, 64)), strict=True) if count)
+    units = pl.cdiv(K, 64)
+    high, low = schedule.heights(units)
+    # of low ones alone, for large groups, where K is made of them
+    return tuple(rows for rows, some in ((_TALL, high), (_ROWS, low or not units % 2)) if some)
 
 
 def _keep_rows(refs, start, stop):

@@ -14,6 +14,7 @@ TALL = 192
 WIDTH = 16  # row tiles in a sweep: their rows stay in the cache while the columns pass
 TALL_WIDTH = 10  # the same of tall ones
 _ALIGN = 8
+_LARGE = 4  # times the mean
 _MANY = 2048  # rows in all, of which tiles of both heights are enough to be dealt evenly
 
 
@@ -93,8 +94,11 @@ def _tiles(starts, ends, first, count, rows: int, most: int, width: int, order=0
 
 
 def by_size(starts: jax.Array, ends: jax.Array) -> jax.Array:
-    """The groups, largest first, (E,) i32: the order in which a weight gradient takes them."""
-    return jnp.argsort(starts - ends).astype(jnp.int32)
+    """The groups, largest first: the order in which a weight gradient takes them; behind them how many are large, of
+    more than _LARGE times the mean rows. (E + 1,) i32."""
+    sizes = ends - starts
+    large = jnp.sum(sizes > _LARGE * jnp.sum(sizes) // len(sizes), dtype=jnp.int32)
+    return jnp.append(jnp.argsort(-sizes).astype(jnp.int32), large)
 
 
 def round_robin(i, cluster, clusters: int):

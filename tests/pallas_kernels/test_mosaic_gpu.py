@@ -377,12 +377,14 @@ def test_long_sums_from_either_end(capfd, monkeypatch):
     assert_close(out, exact(lhs, rhs, grad, sizes)[0])
 
 
-@pytest.mark.parametrize("K", [192, 320])
-def test_a_weight_gradient_in_tall_tiles(K, capfd):
-    """192 rows of K and, at 320, 128 more, whose stage is another view of the same memory: see the races above."""
-    sizes = np.array([51, 0, 130], np.int32)
+@pytest.mark.parametrize("K, groups", [(192, 3), (320, 3), (384, 6)])
+def test_a_weight_gradient_in_tall_tiles(K, groups, capfd):
+    """192 rows of K and, at 320, 128 more, whose stage is another view of the same memory: see the races above. Of six
+    groups one is large: its 384 rows are three times 128, the others' twice 192."""
+    sizes = np.array([51, 0, 130, 0, 0, 0][:groups], np.int32)
     lhs, rhs, grad = operands(sizes, 208, K, 128)
     metadata = group_metadata(jnp.asarray(sizes), 208)
+    assert int(schedule.by_size(metadata.starts, metadata.ends)[-1]) == (groups == 6)
     args = lhs, grad, jnp.asarray(sizes), metadata, jnp.bfloat16, Tiling(5, 1, blocks=4)
     out = interpreted(lambda: mosaic_gpu.drhs(*args), capfd, detect_races=K == 192)
     assert_close(out, exact(lhs, rhs, grad, sizes)[2])
@@ -391,7 +393,40 @@ def test_a_weight_gradient_in_tall_tiles(K, capfd):
 
 def test_by_size():
     starts, ends = jnp.array([0, 3, 3, 9]), jnp.array([3, 3, 9, 12])
-    np.testing.assert_array_equal(schedule.by_size(starts, ends), [2, 0, 3, 1])
+    np.testing.assert_array_equal(schedule.by_size(starts, ends), [2, 0, 3, 1, 0])
+    starts, ends = jnp.array([0, 1, 2, 3, 22]), jnp.array([1, 2, 3, 22, 22])  # 19 rows are more than 4 times 22 / 5
+    np.testing.assert_array_equal(schedule.by_size(starts, ends), [3, 0, 1, 2, 4, 1])
+
+
+@pytest.mark.parametrize("K", [384, 640, 1408, 320, 128])
+def test_weight_gradients_are_dealt_evenly_and_in_order(K, monkeypatch):
+    """Every group's every row and column of weights once, the groups largest first. A group of 1500 of 1800 rows has
+    low tiles alone where K is made of them, and no cluster has more than one of its tiles and of the next group's more
+    than another."""
+    sizes = np.array([30, 1500, 0, 20, 60, 90, 40, 60], np.int32)
+    E, clusters, columns = len(sizes), 5, 2
+    ends = np.cumsum(sizes)
+    starts, ends = jnp.asarray(ends - sizes, jnp.int32), jnp.asarray(ends, jnp.int32)
+    order = schedule.by_size(starts, ends)
+    assert order[E] == 1
+    taken, loads = np.zeros((E, K // 64, columns), int), []
+    for cluster in range(clusters):
+        monkeypatch.setattr(hopper.lax, "axis_index", lambda _, cluster=cluster: jnp.int32(cluster))
+        tiling = Tiling(4, 2, blocks=2 * clusters)
+        heights, (mine, state, take) = mosaic_gpu._walk_drhs(tiling, order, [(starts, ends)], E, K, columns)
+        load, ranks = 0, []
+        for _ in range(int(mine)):
+            (group, first, column, eighth, start, end, tall), state = take(state)
+            assert (eighth, start, end) == (starts[group] // 8, starts[group], ends[group])
+            units = heights[0 if tall or len(heights) == 1 else 1] // 64
+            assert group != 1 or K % 128 or units == 2
+            taken[group, int(first) : int(first) + units, int(column)] += 1
+            load += units * int(sizes[group])
+            ranks.append(int(np.flatnonzero(order[:E] == group)[0]))
+        assert ranks == sorted(ranks)
+        loads.append(load)
+    assert (taken == 1).all()
+    assert max(loads) - min(loads) <= (2 if K % 128 == 0 else 5) * (1500 + 90)
 
 
 def test_place_takes_every_tile_once():
