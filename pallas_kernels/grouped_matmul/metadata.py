@@ -19,8 +19,8 @@ SPARE = 16
 class GroupMetadata:
     """Rows [starts[e], ends[e]) belong to group e. starts, ends (E,) i32; rows from ends[-1] on belong to none.
 
-    Where the platform is a GPU, for the Hopper kernels: row_tiles, `schedule.row_tiles`, and by_size (E,) i32, the
-    groups, largest first. spare: how many multiprocessors the Hopper kernels leave free, an even number. tail: whether
+    Where the platform is a GPU, for the Hopper kernels: row_tiles, `schedule.row_tiles`, and by_size (E + 1,) i32,
+    `schedule.by_size`. spare: how many multiprocessors the Hopper kernels leave free, an even number. tail: whether
     rows that belong to none come out as zeros.
     """
 

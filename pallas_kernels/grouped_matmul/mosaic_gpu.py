@@ -233,9 +233,8 @@ def _drhs_kernel(t: Tiling, by_size, *refs, a, b, staging, ready, free):
 def _walk_drhs(t: Tiling, by_size, parts, E: int, K: int, columns: int):
     """(heights of the tiles, `tiles` of `hopper.pipeline`) over a weight gradient's tiles: the groups largest first.
 
-    Tall tiles, and low ones for the rest of K; large groups have low ones alone, which are more and shorter: with a
-    third of all rows in one group, its tall tiles are as many as a third or half of the clusters, and each as long as
-    half of a cluster's share of everything.
+    Tall tiles, and low ones for the rest of K. Large groups have low ones alone where K is made of them: a group with a
+    third of all rows has fewer tall ones than there are clusters, each half as long as a cluster's share of everything.
 
     A tile's scalars: group, first row of K / 64, column, of every part its first row / 8, first row and last + 1, and
     last, where there are two heights, whether it is a tall one.

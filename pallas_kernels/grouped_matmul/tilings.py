@@ -1,7 +1,7 @@
 """How the Hopper kernels divide shared memory: `tilings.json`, which `python -m pallas_kernels.tune --write` updates.
 
 chip -> {op -> {bucket of shapes -> {"stages": …, "pieces": …, "measured": when and with what}}}. A short sum wants its
-tile stored at once; a weight gradient, whose first and last stages are masked, a longer ring.
+tile stored at once; a long weight gradient, whose first and last stages are masked, a longer ring.
 """
 
 import functools
