@@ -208,8 +208,8 @@ class RowTile(NamedTuple):
     """Scalars of a row tile times columns, i32: its group, first row / 8, the first and the last + 1 of its rows that
     count, its pair of columns, and half: 0, or 1 or 2 where it is taken in halves of its columns; None: none is.
 
-    lead: whose products the cluster sums, or none past E: the group, but where each block has a tile of its own
-    (`own_rows`) the first block's. tall: whether it is of the first of two lists.
+    lead: the group by which both blocks of the cluster have products to sum or, from E on, none: the tile's, but where
+    each block has a tile of its own (`own_rows`) the first block's. tall: whether it is of the first of two lists.
     """
 
     group: jax.Array
@@ -258,7 +258,8 @@ def _walk_both(t: Tiling, counts, tiles, E: int, columns: int, own: bool):
         mine = last = tile
         if own:
             mine = tile + jnp.where(column == columns - 1, lax.axis_index("pair"), 0)
-            last = jnp.where(tall == 1, counts[0], firsts[1] + counts[1]) - 1
+            # also where there is no tall tile, which a turn after the last is taken for
+            last = jnp.where(tall == 1, jnp.maximum(counts[0], 1), firsts[1] + counts[1]) - 1
         group, row, start, stop = (tiles[jnp.minimum(mine, last), i] for i in range(4))
         if own:
             start = jnp.where(mine > last, stop, start)  # no rows: of an odd number of tiles the last is alone
@@ -310,7 +311,7 @@ def weights_of(tile: RowTile, E: int):
 
 
 def nobodys_zeros(acc, tile: RowTile, E: int, heights, N: int):
-    """acc, or zeros where the other block's tile has a group and this block's (`own_rows`) has none."""
+    """acc, or zeros of rows of nobody, which have products where the other block's tile has a group (`own_rows`)."""
     if not own_rows(N, heights[0]):
         return acc
     return jnp.where(lax.broadcast(tile.group < E, acc.shape), acc, jnp.zeros_like(acc))

@@ -3,7 +3,7 @@
 The loading warp runs ahead through a ring of shared-memory stages, over tile boundaries, so that the loads of the next
 tile hide behind the multiplication of this one. The warpgroups take turns: each has tiles of its own, 192 × 128 or
 128 × 128, and stores one while the other multiplies. The two blocks of a cluster take neighbouring columns of the same
-rows, which the copy engine sends to both. README.md draws it.
+rows, which the copy engine sends to both, or the last 128 columns of a row tile each. README.md draws it.
 
 Limits: Hopper; bfloat16 or float16; K and N multiples of 64.
 """
@@ -237,35 +237,35 @@ def _walk_drhs(t: Tiling, by_size, parts, E: int, K: int, columns: int):
     third of all rows has fewer tall ones than there are clusters, each half as long as a cluster's share of everything.
 
     A tile's scalars: group, first row of K / 64, column, of every part its first row / 8, first row and last + 1, and
-    last, where there are two heights, whether it is a tall one.
+    last, whether it is a tall one of two heights.
     """
     units, heights, turn = pl.cdiv(K, 64), drhs_heights(K), schedule.back_and_forth
     high, low = schedule.heights(units)
-    pairs = units // 2 if high and not units % 2 else 0  # low tiles of a large group
-    large = by_size[E] if pairs else jnp.int32(0)
-    sweeps, of_large = max(pl.cdiv(high, schedule.TALL_WIDTH), 1), max(pl.cdiv(pairs, schedule.WIDTH), 1)
+    lows = units // 2 if high and not units % 2 else 0  # tiles of a large group
+    large = by_size[E] if lows else jnp.int32(0)
+    sweeps, of_large = max(pl.cdiv(high, schedule.TALL_WIDTH), 1), max(pl.cdiv(lows, schedule.WIDTH), 1)
     most = max(sweeps, of_large)
 
-    def place(lin, before, each, sweeps, last=0):
+    def place(lin, before, each, sweeps, skipped=0):
         """Of groups after the `before` first, with `each` tiles a group: a tile's place in the order, its group's place
-        by size, its number and column. sweeps: of a group; last: how many of its sweeps come before these."""
+        by size, its number and column. sweeps: of a group; skipped: how many of its sweeps come before these."""
         sweep = max(pl.cdiv(each, sweeps), 1)
         nth = jnp.minimum(lax.div(lin, jnp.int32(max(each, 1) * columns)), E - 1)
         within = lin - nth * (each * columns)
         of = lax.div(within, jnp.int32(sweep * columns))
         tile, column = schedule.place(within, of * sweep, jnp.clip(each - of * sweep, 1, sweep), columns)
-        return ((before + nth) * most + of + last) * columns + column, before + nth, tile, column
+        return ((before + nth) * most + of + skipped) * columns + column, before + nth, tile, column
 
     def tall(lin):
         order, nth, tile, column = place(lin, large, high, sweeps)
         return order, (nth, tile * (_TALL // 64), column)
 
     def flat(lin):
-        of_them = large * (pairs * columns)
+        of_them = large * (lows * columns)
         order, nth, tile, column = place(lin - of_them, large, low, 1, sweeps - 1)
         found = order, nth, high * (_TALL // 64) + tile * (_ROWS // 64), column
-        if pairs:
-            order, nth, tile, column = place(lin, 0, pairs, of_large)
+        if lows:
+            order, nth, tile, column = place(lin, 0, lows, of_large)
             its = order, nth, tile * (_ROWS // 64), column
             order, *what = (jnp.where(lin < of_them, one, other) for one, other in zip(its, found, strict=True))
             return order, what
@@ -278,7 +278,7 @@ def _walk_drhs(t: Tiling, by_size, parts, E: int, K: int, columns: int):
 
     others = E - large
     if len(heights) == 2:
-        counts = others * (high * columns), large * (pairs * columns) + others * (low * columns)
+        counts = others * (high * columns), large * (lows * columns) + others * (low * columns)
         return heights, hopper.dealt_both(t, list(zip(counts, (tall, flat), strict=True)), scalars, turn)
     count, head = (high, tall) if high else (low, flat)
     alone = functools.partial(scalars, tall=jnp.int32(0))

@@ -150,8 +150,9 @@ def own_turns(count, columns: int):
 
 
 def own_sweep(lin, columns):
-    """A tile of the sweep that the turn `lin` belongs to: a pair is of the sweep of its second tile, so that one that
-    begins with tile f has (columns - 1) f + floor(f / 2) turns before it."""
+    """A tile of the sweep that the turn `lin` belongs to: a pair is of the sweep of its second tile, so that a sweep
+    which begins with tile f has (columns - 1) f + floor(f / 2) turns before it. The turn of a last tile alone gives the
+    one after it, for the caller to bound."""
     return lax.div(2 * lin + 1, 2 * columns - 1)
 
 

@@ -20,6 +20,7 @@ WIDTH = 384  # of rows that are moved: in multiples of 128
 SIZES = (70, 0, 3, 60)  # of 135 rows, two of which are nobody's
 M, E = T * K, len(SIZES)
 TALL, TALL_M = (70, 0, 203, 560), 837  # more than 192 rows a group: tiles of 192 and 128
+LOW = (200, 220, 210, 207)  # as many, but each is two tiles of 128
 
 
 def normal(*shape):
@@ -31,9 +32,9 @@ def with_gradients(function, *args):
     return out, pull(out)
 
 
-def products(sizes, transposed, M=M):
+def products(sizes, transposed, M=M, N=F):
     run = functools.partial(grouped_matmul, transpose_rhs=transposed, implementation="mosaic_gpu")
-    rhs = normal(E, F, D) if transposed else normal(E, D, F)
+    rhs = normal(E, N, D) if transposed else normal(E, D, N)
     return with_gradients(lambda lhs, rhs: run(lhs, rhs, sizes), normal(M, D), rhs)
 
 
@@ -70,7 +71,8 @@ def exchanged(places, source, starts, stops):
 def cases():
     rng = np.random.default_rng(0)
     sizes, slot = jnp.asarray(SIZES, jnp.int32), jnp.asarray(rng.permutation(M).reshape(T, K), jnp.int32)
-    tokens, tall = jnp.arange(T, dtype=jnp.int32), jnp.asarray(TALL, jnp.int32)
+    tokens, tall, low = jnp.arange(T, dtype=jnp.int32), jnp.asarray(TALL, jnp.int32), jnp.asarray(LOW, jnp.int32)
+    pairs = functools.partial(products, transposed=True, M=TALL_M, N=WIDTH)  # two row tiles for the last 128 columns
     return {
         "grouped_matmul": (functools.partial(products, transposed=False), sizes),
         "grouped_matmul, transposed": (functools.partial(products, transposed=True), sizes),
@@ -78,6 +80,8 @@ def cases():
         "gated_ffn, no tail": (functools.partial(gated, hidden=WIDTH, tail=False), sizes),
         "grouped_matmul, tall tiles": (functools.partial(products, transposed=False, M=TALL_M), tall),
         "gated_ffn, tall tiles": (functools.partial(gated, hidden=F, tail=True, M=TALL_M), tall),
+        "grouped_matmul, pairs of row tiles": (pairs, tall),
+        "grouped_matmul, pairs of low ones": (pairs, low),
         "combine": (moved, slot),
         "few_rows": (few, jnp.array([0, 2, 3, 3], jnp.int32)),
         "top_k": (functools.partial(top_k, k=3), jax.random.normal(jax.random.key(0), (192, 24))),

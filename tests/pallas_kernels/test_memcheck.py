@@ -20,6 +20,8 @@ KERNELS = {
     "gated_ffn, no tail": ("gated_ffn_hidden", "gated_ffn_gradients", "gated_ffn_dlhs"),
     "grouped_matmul, tall tiles": ("grouped_matmul", "grouped_matmul_drhs"),
     "gated_ffn, tall tiles": ("gated_ffn_hidden", "gated_ffn_dlhs", "grouped_matmul", "grouped_matmul_drhs"),
+    "grouped_matmul, pairs of row tiles": ("grouped_matmul", "grouped_matmul_drhs"),
+    "grouped_matmul, pairs of low ones": ("grouped_matmul", "grouped_matmul_drhs"),
     "combine": ("spread_rows", "combine_rows", "combine_rows_gradients"),
     "few_rows": ("few_rows_products",),
     "top_k": ("select_top_k",),

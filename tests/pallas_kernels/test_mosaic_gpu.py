@@ -296,6 +296,33 @@ def test_tall_and_low_tiles_are_dealt_evenly_and_in_order(clusters, N, monkeypat
     assert max(loads)[0] - min(loads)[0] <= 3
 
 
+class Table:
+    """An array that refuses indices outside of it, negative ones too."""
+
+    def __init__(self, values):
+        self._values, self.shape = np.asarray(values), values.shape
+
+    def __getitem__(self, at):
+        assert all(0 <= int(i) < n for i, n in zip(np.atleast_1d(at), self.shape, strict=True))
+        return jnp.asarray(self._values[at])
+
+
+@pytest.mark.parametrize("sizes", [(200, 220, 210, 207), (70, 0, 203, 560), (0, 0, 0, 0)])
+@pytest.mark.parametrize("N", [192, 384])
+def test_no_turn_reads_outside_the_table(sizes, N, monkeypatch):
+    """Nor the one after the last, which is read ahead; of the first sizes no tile is tall, some clusters have none."""
+    ends = np.cumsum(sizes)
+    starts, ends = jnp.asarray(ends - sizes, jnp.int32), jnp.asarray(ends, jnp.int32)
+    counts, tiles = schedule.row_tiles(starts, ends, 837, tail=False)
+    assert (int(counts[0]) > 0) == (560 in sizes)
+    for cluster, pair in itertools.product((0, 7, 65), range(2)):
+        monkeypatch.setattr(hopper.lax, "axis_index", {"block": jnp.int32(cluster), "pair": jnp.int32(pair)}.get)
+        walk = hopper.walk_rows(Tiling(4, 4), Table(counts), Table(tiles), 192, 4, -(-N // 256), N)
+        mine, state, take = walk[1]
+        for _ in range(int(mine) + 1):
+            _, state = take(state)
+
+
 @pytest.mark.parametrize("turn", [schedule.round_robin, schedule.back_and_forth])
 @pytest.mark.parametrize("count", [0, 3, 5, 12, 20, 23])
 def test_turns_take_every_tile_once(turn, count):
